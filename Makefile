@@ -1,0 +1,60 @@
+# Everything a contributor or CI runs. Each install happens once: a stamp file in the environment remembers it.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+NAME ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+METADATA := setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+
+demo: $(VENV)/.installed-demo ## train, evaluate, save, reload and generate with a small model: runs/demo
+	$(BIN)/hf-efficient demo --output runs/demo
+
+test: $(VENV)/.installed-dev ## the quick tests
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: $(VENV)/.installed-dev ## soak, claims, matrix and fuzz tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-lint ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-lint ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev ## one benchmark: make bench NAME=xl_decode
+	$(BIN)/python benchmarks/run.py $(NAME)
+
+clean: ## remove the environment, caches and build output (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: the pin picks the CPU build where one is offered, and nothing else may choose another.
+$(VENV)/.installed-torch: constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.installed-torch $(METADATA)
+	$(PIP_INSTALL) --editable '.[train,plots]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-torch $(METADATA)
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-lint: constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) ruff
+	@touch $@
