@@ -20,9 +20,7 @@ HOME = tempfile.mkdtemp(prefix="hf-efficient-tests-")
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 
 for variable in list(os.environ):
-    if variable.startswith(("HF_", "ACCELERATE_", "TRANSFORMERS_")) and not variable.startswith(
-        "HF_EFFICIENT_"
-    ):
+    if variable.startswith(("HF_", "ACCELERATE_", "TRANSFORMERS_")) and not variable.startswith("HF_EFFICIENT_"):
         del os.environ[variable]
 os.environ.update(
     HF_HOME=os.path.join(HOME, "huggingface"),

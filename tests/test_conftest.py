@@ -20,9 +20,7 @@ FACTORIES = {
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
 def test_unwritten_floats_are_nan(name, dtype):
     assert FACTORIES[name](dtype).isnan().all()
 

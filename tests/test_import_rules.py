@@ -131,9 +131,7 @@ def check_own_import(path: str, imported: Import) -> str | None:
         return None
     if room in USERS:
         private = any(name.startswith("_") and not name.startswith("__") for name in imported.names)
-        return (
-            "only public names may be used here" if private or len(parts) > 2 or not imported.names else None
-        )
+        return "only public names may be used here" if private or len(parts) > 2 or not imported.names else None
     return None if target in NEIGHBOURS[room] else f"{room or PACKAGE} may not import {imported.module}"
 
 
