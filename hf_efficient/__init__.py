@@ -1,3 +1,21 @@
 """Efficient Transformers for Hugging Face: importing this package registers its models with the Auto classes."""
 
+from .models.transformer_xl import (
+    TransformerXLCache,
+    TransformerXLConfig,
+    TransformerXLForCausalLM,
+    TransformerXLForSequenceClassification,
+    TransformerXLForTokenClassification,
+    TransformerXLModel,
+)
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "TransformerXLCache",
+    "TransformerXLConfig",
+    "TransformerXLForCausalLM",
+    "TransformerXLForSequenceClassification",
+    "TransformerXLForTokenClassification",
+    "TransformerXLModel",
+]

@@ -1,0 +1,726 @@
+"""Transformer-XL (Dai et al. 2019, arXiv 1901.02860): attention over the segment and a memory of the segments before.
+
+Letters in shape notes: B batch, H heads, T tokens of the segment, M memory slots, S = M + T keys, K head_dim,
+D hidden_size, V vocab_size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    ModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
+from .cache_transformer_xl import TransformerXLCache
+from .checkpoint_names_transformer_xl import register_checkpoint_names
+from .configuration_transformer_xl import TransformerXLConfig
+from .relative_attention import memory_attention_mask, relative_attention, sinusoid_table
+
+# Position tables for decoding grow by doubling from this many rows, so that a step rarely projects a new one.
+MIN_POSITION_ROWS = 256
+
+
+@dataclass
+class TransformerXLCausalLMOutput(ModelOutput):
+    """Output of `TransformerXLForCausalLM`.
+
+    Args:
+        loss: scalar, mean negative log-likelihood in nats per predicted token.
+        losses: per token and in token order, 0 where ignored: (B, T - 1) for `labels`, (B, T) for `shift_labels`.
+        logits: (B, T, V); with an adaptive softmax normalised log-probabilities, and None when a loss was asked for.
+        past_key_values: the memory after this segment.
+        hidden_states: on request, the input of every layer and the final states, (B, T, D) each.
+        attentions: on request and with `"eager"`, (B, H, T, S) for every layer.
+    """
+
+    loss: torch.FloatTensor | None = None
+    losses: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: TransformerXLCache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TransformerXLAttention(nn.Module):
+    """Relative multi-head attention over memory and segment, with its residual and LayerNorm."""
+
+    def __init__(self, config: TransformerXLConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.r_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        if config.untie_r:
+            self.content_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+            self.position_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        positions: Tensor | None,
+        attention_mask: Tensor | None,
+        memory: Tensor | None = None,
+        past_key_values: TransformerXLCache | None = None,
+        num_pads: Tensor | None = None,
+        shared_biases: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `hidden_states` (B, T, D) to the memory and to themselves.
+
+        Args:
+            positions: (R, D) sinusoid table, oldest first; None when the cache holds its projection.
+            attention_mask: (B or 1, 1, T, S) bool or None, see `memory_attention_mask`.
+            memory: (B, M, D) hidden states that go before the segment.
+            past_key_values: cache that holds or takes keys and values; without it `memory` is projected anew.
+            num_pads: (B,) pads at the end of each row.
+            shared_biases: u and v when all layers share them.
+
+        Returns:
+            (B, T, D) and, with `"eager"`, the attention weights (B, H, T, S).
+        """
+        normed = self._pre_norm(hidden_states)
+        query = self._split_heads(self.q_proj(normed))
+        key, value = self._split_heads(self.k_proj(normed)), self._split_heads(self.v_proj(normed))
+        if past_key_values is not None:
+            self._fill_window(past_key_values, memory)
+            key, value = past_key_values.update(key, value, self.layer_idx, num_pads=num_pads)
+        elif memory is not None:
+            memory_key, memory_value = self._project_memory(memory)
+            key = torch.cat([memory_key, key], dim=2)
+            value = torch.cat([memory_value, value], dim=2)
+        content_bias, position_bias = shared_biases or (self.content_bias, self.position_bias)
+        output, weights = relative_attention(
+            query,
+            key.to(query.dtype),
+            value.to(query.dtype),
+            self._position_key(positions, past_key_values).to(query.dtype),
+            content_bias,
+            position_bias,
+            mask=attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            implementation=self.config._attn_implementation,
+        )
+        output = self.dropout(self.o_proj(output.transpose(1, 2).flatten(2)))
+        output = hidden_states + output
+        return output if self.config.pre_norm else self.layer_norm(output), weights
+
+    def _pre_norm(self, states: Tensor) -> Tensor:
+        return self.layer_norm(states) if self.config.pre_norm else states
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        """(B, T, H K) to (B, H, T, K)."""
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, M, K) of remembered hidden states (B, M, D), with the weights as they are now."""
+        normed = self._pre_norm(memory)
+        return self._split_heads(self.k_proj(normed)), self._split_heads(self.v_proj(normed))
+
+    def _fill_window(self, cache: TransformerXLCache, memory: Tensor | None) -> None:
+        """Turn remembered hidden states into keys and values, once; position is not in them, so this is exact."""
+        layer = cache.layers[self.layer_idx]
+        if layer.window is not None or memory is None:
+            return
+        layer.lazy_initialization(*self._project_memory(memory))
+        if cache.memory_init == "zeros":
+            layer.initial_states = self._project_memory(memory.new_zeros(1, 1, memory.shape[-1]))
+
+    def _position_key(self, positions: Tensor | None, cache: TransformerXLCache | None) -> Tensor:
+        """W_r R by head, (H, R, K)."""
+        if positions is None:
+            return cache.layers[self.layer_idx].position_key
+        position_key = self.r_proj(positions).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+        if cache is not None:
+            cache.layers[self.layer_idx].position_key = position_key
+        return position_key
+
+
+class TransformerXLFeedForward(nn.Module):
+    """Position-wise feed-forward network, with its residual and LayerNorm."""
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__()
+        self.config = config
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        normed = self.layer_norm(hidden_states) if self.config.pre_norm else hidden_states
+        inner = self.dropout(F.relu(self.up_proj(normed)))
+        output = hidden_states + self.dropout(self.down_proj(inner))
+        return output if self.config.pre_norm else self.layer_norm(output)
+
+
+class TransformerXLLayer(GradientCheckpointingLayer):
+    """One layer: relative attention, then feed-forward."""
+
+    def __init__(self, config: TransformerXLConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = TransformerXLAttention(config, layer_idx)
+        self.feed_forward = TransformerXLFeedForward(config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """See `TransformerXLAttention.forward`."""
+        hidden_states, weights = self.self_attn(hidden_states, **kwargs)
+        return self.feed_forward(hidden_states), weights
+
+
+class TransformerXLPreTrainedModel(PreTrainedModel):
+    """What all Transformer-XL models share: configuration, initialisation and what they support."""
+
+    config: TransformerXLConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerXLLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # A buffer of sinusoids in older files; computed where needed, in float32.
+    _keys_to_ignore_on_load_unexpected = [r"pos_emb\.inv_freq$"]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Spec of the original release: everything N(0, initializer_range) or uniform, LayerNorm around 1."""
+        config = self.config
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            self._init_weight(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.normal_(module.weight, mean=1.0, std=config.initializer_range)
+            init.zeros_(module.bias)
+        if isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
+            for projection in module.projections.values():
+                init.normal_(projection, mean=0.0, std=config.proj_init_std)
+        if isinstance(module, AdaptiveSoftmax) and config.cutoffs:
+            self._init_weight(module.cluster_weight)
+            init.zeros_(module.cluster_bias)
+        if hasattr(module, "content_bias"):
+            self._init_weight(module.content_bias)
+            self._init_weight(module.position_bias)
+
+    def _init_weight(self, weight: Tensor) -> None:
+        if self.config.init_method == "uniform":
+            init.uniform_(weight, -self.config.init_range, self.config.init_range)
+        else:
+            init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+
+    def create_cache(self) -> TransformerXLCache:
+        """An empty memory for this model; pass it as `past_key_values` and go on with the one that comes back."""
+        return TransformerXLCache(self.config)
+
+
+class TransformerXLModel(TransformerXLPreTrainedModel):
+    """The body: embedding, layers and memory.
+
+    Transformer-XL has no positions of its own kind for padding: pads are moved behind the tokens before the first
+    layer and moved back after the last, so that each row gets what it would get alone, with memory too.
+    """
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__(config)
+        if config.is_adaptive:
+            self.embed_tokens = AdaptiveEmbedding(config)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(TransformerXLLayer(config, i) for i in range(config.num_hidden_layers))
+        if not config.untie_r:
+            self.content_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+            self.position_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+            # Older files repeat the shared biases in every layer.
+            self._keys_to_ignore_on_load_unexpected = [
+                *self._keys_to_ignore_on_load_unexpected,
+                r"layers\.\d+\.self_attn\.(content|position)_bias$",
+            ]
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: TransformerXLCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run one segment, (B, T) ids, against the memory of the segments before.
+
+        Args:
+            input_ids: (B, T) token ids.
+            attention_mask: 1 for tokens, 0 for pads, anywhere; (B, T) for this segment or (B, tokens seen + T), of
+                which the last T columns count. Pads do not enter the memory. None means no pads and is faster.
+            past_key_values: the memory; it is updated in place and returned. Under `no_grad` in evaluation it keeps
+                keys and values, which go stale when the weights change, otherwise hidden states.
+            inputs_embeds: (B, T, D) instead of `input_ids`, before the scaling by sqrt(D).
+            use_cache: return a memory when none was passed; default `config.use_cache`.
+            output_hidden_states: return the input of every layer and the final states.
+            output_attentions: return the attention weights; needs `attn_implementation="eager"`.
+
+        Returns:
+            Last hidden states (B, T, D) and what was asked for. Cost per layer O(B T (M + T) D + B (M + T) D^2) in
+            training, O(B T (M + T) D + B T D^2) with kept keys and values.
+
+        Raises:
+            ValueError, TypeError: ids outside the vocabulary, a mask of another shape, the memory of another batch
+                or model, attention weights from `"sdpa"`.
+        """
+        output_attentions, output_hidden_states = self._resolve_outputs(output_attentions, output_hidden_states)
+        segment = self._embed(input_ids, inputs_embeds)
+        order = num_pads = None
+        memory, is_kept = self._open_memory(past_key_values, use_cache, segment)
+        if attention_mask is not None:
+            order, num_pads = _pads_last(self._segment_mask(attention_mask, segment, memory))
+            segment = _reorder(segment, order)
+        hidden_states = self.dropout(segment * self.config.hidden_size**0.5)
+
+        all_hidden_states, all_attentions = [], []
+        context = self._context(hidden_states, memory)
+        for index, layer in enumerate(self.layers):
+            layer_input = hidden_states
+            remembered = None if memory is None else memory.layers[index].hidden_states
+            hidden_states, weights = layer(hidden_states, memory=remembered, num_pads=num_pads, **context)
+            if is_kept and context["past_key_values"] is None:
+                memory.layers[index].append_hidden_states(layer_input, num_pads)
+            if output_hidden_states:
+                all_hidden_states.append(layer_input)
+            if output_attentions:
+                all_attentions.append(weights)
+        hidden_states = self.dropout(hidden_states)
+        if is_kept:
+            memory.count_tokens(hidden_states.shape[1], num_pads)
+
+        if order is not None:
+            back = order.argsort(dim=1)
+            hidden_states = _reorder(hidden_states, back)
+            all_hidden_states = [_reorder(states, back) for states in all_hidden_states]
+            all_attentions = [_reorder_attention(weights, back) for weights in all_attentions]
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=memory if is_kept else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+    def _resolve_outputs(self, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
+        attentions = self.config.output_attentions if attentions is None else attentions
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        if attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager', but it is "
+                f"{self.config._attn_implementation!r}, which never builds the weights; call "
+                "model.set_attn_implementation('eager')."
+            )
+        return bool(attentions), bool(hidden_states)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        # On an accelerator the lookup itself stops at such an id; asking here would wait for the device.
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+            lowest, highest = input_ids.aminmax()
+            if lowest < 0 or highest >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids holds ids from {lowest} to {highest}, but vocab_size={self.config.vocab_size} allows "
+                    f"0 to {self.config.vocab_size - 1}; use the model's tokenizer, or resize_token_embeddings."
+                )
+        return self.embed_tokens(input_ids)
+
+    def _open_memory(
+        self, past_key_values: TransformerXLCache | None, use_cache: bool | None, segment: Tensor
+    ) -> tuple[TransformerXLCache | None, bool]:
+        """The memory to read from, and whether it is to take in this segment."""
+        if past_key_values is not None and not isinstance(past_key_values, TransformerXLCache):
+            raise TypeError(
+                f"past_key_values is a {type(past_key_values).__name__}, but the memory of Transformer-XL is a "
+                "TransformerXLCache; make one with model.create_cache()."
+            )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        # A model without memory has nothing to return; `generate` then feeds it the whole prefix each step.
+        is_kept = past_key_values is not None or (use_cache and self.config.mem_len > 0)
+        memory = past_key_values
+        if memory is None and (is_kept or self.config.memory_init == "zeros"):
+            memory = self.create_cache()
+        if memory is not None:
+            memory.check_fits(segment.shape[0], self.config)
+            if memory.holds_keys and self.training:
+                raise ValueError(
+                    "past_key_values was filled in evaluation and holds keys and values, through which W_k and W_v "
+                    "get no gradient; start training with a new cache."
+                )
+            memory.start(segment)
+        return memory, is_kept
+
+    def _segment_mask(self, attention_mask: Tensor, segment: Tensor, memory: TransformerXLCache | None) -> Tensor:
+        """The last T columns of the mask, bool."""
+        batch_size, length = segment.shape[:2]
+        seen = 0 if memory is None else memory.get_seq_length()
+        if tuple(attention_mask.shape) not in ((batch_size, length), (batch_size, seen + length)):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but must be ({batch_size}, {length}) for the "
+                f"segment or ({batch_size}, {seen + length}) for all tokens so far."
+            )
+        return attention_mask[:, -length:].to(segment.device) != 0
+
+    def _context(self, hidden_states: Tensor, memory: TransformerXLCache | None) -> dict[str, Any]:
+        """What all layers are given alike: positions, mask, biases, and the cache if it keeps keys and values."""
+        config, length = self.config, hidden_states.shape[1]
+        memory_len = 0 if memory is None else memory.memory_length
+        is_frozen = not self.training and not torch.is_grad_enabled()
+        cache = memory if memory is not None and (is_frozen or memory.holds_keys) else None
+        return {
+            "positions": self._positions(memory_len + length + 1, hidden_states, cache),
+            "attention_mask": memory_attention_mask(
+                length,
+                memory_len,
+                None if memory is None else memory.padded_row_lengths,
+                config.mem_len if config.same_length else None,
+                hidden_states.device,
+            ),
+            "past_key_values": cache,
+            "shared_biases": None if config.untie_r else (self.content_bias, self.position_bias),
+        }
+
+    def _positions(self, num_rows: int, hidden_states: Tensor, cache: TransformerXLCache | None) -> Tensor | None:
+        """Sinusoid table of at least `num_rows` distances (R, D), or None when the cache holds projected ones."""
+        clamp_len = self.config.clamp_len
+        limit = clamp_len + 1 if clamp_len > 0 else None
+        num_rows = num_rows if limit is None else min(num_rows, limit)
+        if cache is not None:
+            if cache.clamp_len == clamp_len and cache.num_position_rows >= num_rows:
+                return None
+            num_rows = max(MIN_POSITION_ROWS, 1 << (num_rows - 1).bit_length())
+            num_rows = num_rows if limit is None else min(num_rows, limit)
+            cache.clamp_len = clamp_len
+        table = sinusoid_table(num_rows, self.config.hidden_size, hidden_states.dtype, hidden_states.device)
+        return self.dropout(table)
+
+
+def _pads_last(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """From a mask (B, T): the order (B, T) that puts tokens first and pads last, and the number of pads (B,)."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True), (~mask).sum(dim=1)
+
+
+def _reorder(states: Tensor, order: Tensor) -> Tensor:
+    """(B, T, D) with each row's tokens in the order (B, T)."""
+    return states.gather(1, order[..., None].expand_as(states))
+
+
+def _reorder_attention(weights: Tensor, order: Tensor) -> Tensor:
+    """(B, H, T, S) with the queries, and the keys behind the memory, in the order (B, T)."""
+    length = weights.shape[2]
+    queries = order[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
+    weights = weights.gather(2, queries)
+    keys = order[:, None, None].expand(-1, weights.shape[1], length, -1)
+    return torch.cat([weights[..., :-length], weights[..., -length:].gather(3, keys)], dim=3)
+
+
+class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
+    """Language model: the body and a softmax, plain or adaptive, that may share the embedding's tables."""
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__(config)
+        self.model = TransformerXLModel(config)
+        if config.is_adaptive:
+            self.lm_head = AdaptiveSoftmax(config)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        if config.is_adaptive:
+            for name in self.lm_head.tails:
+                source = f"model.embed_tokens.tails.{name}.weight"
+                self._tied_weights_keys[f"lm_head.tails.{name}.weight"] = source
+            # Older files repeat the projections that the softmax takes from the embedding.
+            tied = [str(i) for i, is_tied in enumerate(self.lm_head.tied_projections) if is_tied]
+            self._keys_to_ignore_on_load_unexpected = [
+                *self._keys_to_ignore_on_load_unexpected,
+                *(rf"lm_head\.projections\.{i}$" for i in tied),
+            ]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: TransformerXLCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TransformerXLCausalLMOutput:
+        """Predict the next token of every position; arguments of `TransformerXLModel.forward` and these.
+
+        Args:
+            labels: (B, T) ids, shifted by one in here; -100 is ignored.
+            shift_labels: (B, T), already shifted: entry t is token t + 1, so that the last one may be the first token
+                of the next segment. Used instead of `labels` when both are given.
+            logits_to_keep: compute logits for the last so many positions, or for these indices; 0 means all.
+            num_items_in_batch: predicted tokens of the whole (accumulated) batch, by which the summed loss is divided.
+
+        Returns:
+            `TransformerXLCausalLMOutput`.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if shift_labels is None and labels is not None:
+            shift_labels, scored = labels[:, 1:], slice(0, -1)
+        else:
+            scored = slice(None)
+        logits = losses = None
+        if not self.config.is_adaptive:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        elif shift_labels is None:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep), self.model.embed_tokens)
+        if shift_labels is not None:
+            losses = self._losses(hidden_states[:, scored], logits, shift_labels.to(hidden_states.device), scored)
+        return TransformerXLCausalLMOutput(
+            loss=None if losses is None else _mean_loss(losses, shift_labels, num_items_in_batch),
+            losses=losses,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _losses(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor, scored: slice) -> Tensor:
+        """Negative log-likelihoods (B, T) of the shifted labels, float32, 0 where ignored."""
+        if labels.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"shift_labels has shape {tuple(labels.shape)}, but the segment has {tuple(hidden_states.shape[:2])}; "
+                "give one label per token, -100 where there is none."
+            )
+        flat_labels = labels.reshape(-1)
+        if self.config.is_adaptive:
+            losses = self.lm_head.losses(hidden_states.flatten(0, 1), flat_labels, self.model.embed_tokens)
+        else:
+            if logits.shape[1] < hidden_states.shape[1]:
+                logits = self.lm_head(hidden_states)
+            else:
+                logits = logits[:, scored]
+            exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            losses = F.cross_entropy(logits.flatten(0, 1).to(exact), flat_labels, reduction="none")
+        return losses.view(labels.shape)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, but a generated token is never a pad, and the memory knows those of the prompt."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        is_step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        if is_step and inputs.get("past_key_values") is not None:
+            inputs.pop("attention_mask", None)
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Let `generate` use a `TransformerXLCache`, and refuse what the memory cannot do exactly."""
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic", "offloaded"):
+            raise ValueError(
+                f"cache_implementation={implementation!r} is no memory of Transformer-XL; leave it out, or use "
+                "'offloaded' to keep the memory on the CPU."
+            )
+        is_rolled_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        if is_rolled_back:
+            self._check_rollback(max_cache_length)
+        if self.config.mem_len == 0:
+            # Without a memory every step needs the whole prefix again.
+            model_kwargs["use_cache"] = False
+        if not model_kwargs["use_cache"]:
+            return
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            cache = TransformerXLCache(self.config, offloading=implementation == "offloaded")
+            model_kwargs["past_key_values"] = cache
+        else:
+            cache._is_user_defined = True
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def _check_rollback(self, max_length: int) -> None:
+        config = self.config
+        fits = config.memory_init == "empty" and max_length <= config.mem_len
+        if not fits and not config.same_length:
+            raise ValueError(
+                f"Assisted decoding up to length {max_length} is not exact with mem_len={config.mem_len}, "
+                f"memory_init={config.memory_init!r} and same_length=False: a token checked together with others sees "
+                "more memory than one decoded alone. Set config.same_length=True, or a larger config.mem_len."
+            )
+
+
+def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Sum of the losses over the number of predicted tokens; 0 when there are none."""
+    if num_items is None:
+        num_items = (labels != -100).sum().clamp(min=1)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(losses.device)
+    return losses.sum() / num_items
+
+
+class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
+    """The body and a linear layer on the last token of each row."""
+
+    # Loss per row; transformers' Trainer then averages over accumulated batches itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TransformerXLModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: TransformerXLCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Classify each row by its last token: the last one the mask has, else the last that is no `pad_token_id`.
+
+        Args:
+            labels: (B,) class ids, (B,) or (B, num_labels) numbers for regression, (B, num_labels) of 0 and 1 for
+                several classes a row; `config.problem_type` says which.
+
+        Raises:
+            ValueError: several rows, and neither a mask nor `pad_token_id` to find their ends with.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        last = self._last_token(input_ids, attention_mask, outputs.last_hidden_state)
+        rows = torch.arange(last.shape[0], device=last.device)
+        logits = self.score(outputs.last_hidden_state[rows, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, states: Tensor) -> Tensor:
+        """(B,) index of each row's last token within the segment."""
+        batch_size, length, _ = states.shape
+        if attention_mask is not None:
+            is_token = attention_mask[:, -length:].to(states.device) != 0
+        elif self.config.pad_token_id is not None and input_ids is not None:
+            is_token = input_ids != self.config.pad_token_id
+        elif batch_size == 1 or input_ids is None:
+            return torch.full((batch_size,), length - 1, device=states.device)
+        else:
+            raise ValueError(
+                f"Cannot tell where the {batch_size} rows end; pass an attention_mask, or set config.pad_token_id."
+            )
+        return (is_token * torch.arange(length, device=states.device)).argmax(dim=1)
+
+
+class TransformerXLForTokenClassification(TransformerXLPreTrainedModel):
+    """The body and a linear layer on every token."""
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TransformerXLModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: TransformerXLCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Classify each token. `labels` (B, T) holds class ids, -100 is ignored."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+register_checkpoint_names(TransformerXLConfig.model_type)
+
+__all__ = [
+    "TransformerXLCausalLMOutput",
+    "TransformerXLForCausalLM",
+    "TransformerXLForSequenceClassification",
+    "TransformerXLForTokenClassification",
+    "TransformerXLModel",
+    "TransformerXLPreTrainedModel",
+]
