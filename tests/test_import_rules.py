@@ -1,7 +1,7 @@
 """Who may import whom, and what may stand where: docs/architecture.md as a test.
 
-The rules are read from the syntax tree, so an import inside a function, a `try` or `if TYPE_CHECKING` counts
-like any other: transformers' copier and its check for missing packages see those too.
+The rules are read from the syntax tree, so an import inside a function, a `try` or `if TYPE_CHECKING` counts like any
+other: transformers' copier sees those too.
 """
 
 import ast
@@ -38,13 +38,15 @@ LIBRARIES = {
     "": set(),
     "models": {"transformers", "huggingface_hub"},
     "ops": set(),
-    "data": {"datasets", "tokenizers", "transformers"},
+    "data": {"datasets", "numpy", "pyarrow", "tokenizers", "transformers"},
     "training": {"accelerate", "safetensors", "tqdm", "transformers"},
     "conversion": {"huggingface_hub", "safetensors", "tokenizers", "transformers"},
     "hub": {"huggingface_hub", "safetensors", "transformers"},
     "plots": {"matplotlib", "numpy"},
     "cli": {"accelerate", "datasets", "huggingface_hub", "tokenizers", "tqdm", "transformers", "yaml"},
 }
+# Packages that are not always there: imported inside `try`, which transformers' check for missing packages leaves out.
+OPTIONAL = {"models": {"sacremoses"}}
 # Rooms of this package each room may import from, beside itself. The others take public names of everything.
 NEIGHBOURS = {
     "": {"models"},
@@ -63,26 +65,41 @@ COPIER = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")
 
 @dataclass(frozen=True)
 class Import:
-    """One import: `module` is absolute, `names` empty for `import module`, `level` the number of dots."""
+    """One import: `module` is absolute, `names` empty for `import module`, `level` the number of dots.
+
+    `guarded` says that it stands in a `try` which goes on where the import fails.
+    """
 
     module: str
     names: tuple[str, ...]
     level: int
     line: int
+    guarded: bool = False
 
 
 def read_imports(path: str, tree: ast.AST) -> list[Import]:
     """All imports of a file whose `path` is relative to the repository root, relative ones resolved."""
     package = Path(path).parent.parts
+    guarded = guarded_lines(tree)
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [Import(alias.name, (), 0, node.lineno) for alias in node.names]
+            found += [Import(alias.name, (), 0, node.lineno, node.lineno in guarded) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found.append(Import(module, tuple(alias.name for alias in node.names), node.level, node.lineno))
+            names = tuple(alias.name for alias in node.names)
+            found.append(Import(module, names, node.level, node.lineno, node.lineno in guarded))
     return found
+
+
+def guarded_lines(tree: ast.AST) -> set[int]:
+    """Lines of the bodies of all `try: … except ImportError`."""
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and any(getattr(h.type, "id", "") == "ImportError" for h in node.handlers):
+            lines.update(range(node.lineno, node.body[-1].end_lineno + 1))
+    return lines
 
 
 def room_of(path: str) -> str:
@@ -95,11 +112,14 @@ def room_of(path: str) -> str:
     return parts[1]
 
 
-def check_library(room: str, top: str) -> str | None:
-    """Why `room` may not import the third-party package `top`, or None."""
+def check_library(room: str, imported: Import) -> str | None:
+    """Why `room` may not import this package from outside, or None."""
+    top = imported.module.split(".")[0]
     if top in sys.stdlib_module_names or top == "torch" or room not in LIBRARIES or top in LIBRARIES[room]:
         return None
-    return f"{top} is not among the libraries of {room or PACKAGE}"
+    if top not in OPTIONAL.get(room, ()):
+        return f"{top} is not among the libraries of {room or PACKAGE}"
+    return None if imported.guarded else f"{top} is optional: import it inside `try: … except ImportError`"
 
 
 def check_model_import(path: str, imported: Import) -> str | None:
@@ -154,7 +174,7 @@ def violations(path: str, source: str) -> list[str]:
     problems = check_text(path, source, imports)
     for imported in imports:
         top = imported.module.split(".")[0]
-        reason = check_own_import(path, imported) if top == PACKAGE else check_library(room_of(path), top)
+        reason = check_own_import(path, imported) if top == PACKAGE else check_library(room_of(path), imported)
         if reason:
             problems.append(f"{path}:{imported.line}: import of {imported.module}: {reason}")
     return problems
@@ -209,6 +229,7 @@ XL = f"{PACKAGE}/models/transformer_xl"
 BROKEN = [
     (f"{XL}/modeling_transformer_xl.py", "import einops", "einops is not among the libraries"),
     (f"{XL}/modeling_transformer_xl.py", "def f():\n    import numpy", "numpy is not among the libraries"),
+    (f"{XL}/tokenization_transformer_xl.py", "import sacremoses", "sacremoses is optional"),
     (f"{XL}/modeling_transformer_xl.py", "from . import cache", "own files only"),
     (f"{XL}/modeling_transformer_xl.py", "from ..reformer.lsh_attention import f", "own files only"),
     (f"{XL}/modeling_transformer_xl.py", "from .sub.deep import f", "own files only"),
@@ -247,6 +268,10 @@ def test_breach_is_found(path, source, message):
 
 ALLOWED = [
     (f"{XL}/modeling_transformer_xl.py", "import math\nimport torch\nfrom .cache_transformer_xl import C"),
+    (
+        f"{XL}/tokenization_transformer_xl.py",
+        "try:\n    import sacremoses\nexcept ImportError:\n    sacremoses = None",
+    ),
     (f"{XL}/__init__.py", "from transformers import AutoModel\nfrom .modeling_transformer_xl import M"),
     (f"{PACKAGE}/__init__.py", "from .models.transformer_xl import TransformerXLModel"),
     (f"{PACKAGE}/ops/__init__.py", "from ..models.transformer_xl.relative_attention import f"),
