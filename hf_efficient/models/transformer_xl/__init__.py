@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -19,12 +20,15 @@ from .modeling_transformer_xl import (
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
+from .tokenization_transformer_xl import TransformerXLTokenizer, TransfoXLTokenizer
 
 AutoConfig.register(TransformerXLConfig.model_type, TransformerXLConfig)
 AutoModel.register(TransformerXLConfig, TransformerXLModel)
 AutoModelForCausalLM.register(TransformerXLConfig, TransformerXLForCausalLM)
 AutoModelForSequenceClassification.register(TransformerXLConfig, TransformerXLForSequenceClassification)
 AutoModelForTokenClassification.register(TransformerXLConfig, TransformerXLForTokenClassification)
+# The second name is the one in tokenizer_config.json files of transformers 4.
+AutoTokenizer.register(TransformerXLConfig, TransformerXLTokenizer, slow_tokenizer_class=TransfoXLTokenizer)
 # The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[TransformerXLConfig.model_type] = TransformerXLForCausalLM.__name__
 
@@ -37,4 +41,5 @@ __all__ = [
     "TransformerXLForTokenClassification",
     "TransformerXLModel",
     "TransformerXLPreTrainedModel",
+    "TransformerXLTokenizer",
 ]

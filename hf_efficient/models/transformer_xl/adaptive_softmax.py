@@ -44,6 +44,11 @@ class AdaptiveEmbedding(nn.Embedding):
     def _pads_head(self, config: TransformerXLConfig) -> bool:
         return config.pad_token_id is not None and 0 <= config.pad_token_id < self.ranges[0][1]
 
+    @property
+    def last_table(self) -> nn.Embedding:
+        """The module that holds the last bin's rows."""
+        return self.tails[str(len(self.ranges) - 1)] if self.tails else self
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """(...,) ids to (..., hidden_size). Every bin is looked up for every id, without a data-dependent shape.
 
@@ -98,6 +103,16 @@ class AdaptiveSoftmax(nn.Linear):
         for i, width in enumerate(widths):
             if self.projects and not self.tied_projections[i]:
                 self.projections[str(i)] = nn.Parameter(torch.empty(config.hidden_size, width))
+
+    @property
+    def last_table(self) -> nn.Linear:
+        """The module that holds the last bin's words."""
+        return self.tails[str(len(self.ranges) - 1)] if self.tails else self
+
+    @property
+    def last_start(self) -> int:
+        """The id that the first row of `last_table` belongs to."""
+        return self.ranges[-1][0] if self.tails else 0
 
     def _project(self, hidden_states: Tensor, index: int, embedding: AdaptiveEmbedding) -> Tensor:
         """(..., hidden_size) to (..., width of bin `index`)."""

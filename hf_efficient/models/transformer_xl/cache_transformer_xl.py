@@ -393,7 +393,7 @@ class TransformerXLCache(Cache):
                 )
 
     def start(self, hidden_states: Tensor) -> None:
-        """Give an unused memory what it starts from, in the batch size, dtype and device of `hidden_states` (B, T, D)."""
+        """Give an unused memory what it starts from, in the kind of `hidden_states` (B, T, D)."""
         if self.memory_init != "zeros" or self.mem_len == 0 or self.layers[0].state is not None:
             return
         batch_size, _, hidden_size = hidden_states.shape

@@ -92,6 +92,7 @@ class TransformerXLConfig(PreTrainedConfig):
         "tie_weight": "tie_word_embeddings",
         "init": "init_method",
         "init_std": "initializer_range",
+        "layer_norm_eps": "layer_norm_epsilon",
     }
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 

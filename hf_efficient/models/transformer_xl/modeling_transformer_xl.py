@@ -83,6 +83,7 @@ class TransformerXLAttention(nn.Module):
         past_key_values: TransformerXLCache | None = None,
         num_pads: Tensor | None = None,
         shared_biases: tuple[Tensor, Tensor] | None = None,
+        implementation: str = "sdpa",
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden_states` (B, T, D) to the memory and to themselves.
 
@@ -93,6 +94,7 @@ class TransformerXLAttention(nn.Module):
             past_key_values: cache that holds or takes keys and values; without it `memory` is projected anew.
             num_pads: (B,) pads at the end of each row.
             shared_biases: u and v when all layers share them.
+            implementation: `"sdpa"` or `"eager"`, see `relative_attention`.
 
         Returns:
             (B, T, D) and, with `"eager"`, the attention weights (B, H, T, S).
@@ -117,7 +119,7 @@ class TransformerXLAttention(nn.Module):
             position_bias,
             mask=attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
-            implementation=self.config._attn_implementation,
+            implementation=implementation,
         )
         output = self.dropout(self.o_proj(output.transpose(1, 2).flatten(2)))
         output = hidden_states + output
@@ -230,6 +232,38 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
         else:
             init.normal_(weight, mean=0.0, std=self.config.initializer_range)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; with an adaptive embedding the last bin takes or gives the tokens.
+
+        Raises:
+            ValueError: the new size would leave the last bin empty.
+        """
+        if not self.config.is_adaptive:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        vocab_size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            vocab_size = -(-vocab_size // pad_to_multiple_of) * pad_to_multiple_of
+        if vocab_size <= max(self.config.cutoffs, default=0):
+            raise ValueError(
+                f"new_num_tokens={vocab_size} would leave the last vocabulary bin empty, which begins at "
+                f"{max(self.config.cutoffs)}; give a larger number."
+            )
+        if head is not None:
+            # Before the embedding: transformers takes a head whose tied table has the new size already for resized.
+            words = head.last_table
+            resized = self._get_resized_lm_head(words, vocab_size - head.last_start, mean_resizing=mean_resizing)
+            words.weight, words.bias, words.out_features = resized.weight, resized.bias, resized.out_features
+            head.ranges[-1] = (head.ranges[-1][0], vocab_size)
+        first = embedding.ranges[-1][0]
+        self._get_resized_embeddings(embedding.last_table, vocab_size - first, mean_resizing=mean_resizing)
+        embedding.ranges[-1] = (first, vocab_size)
+        self.config.vocab_size = vocab_size
+        self.tie_weights()
+        return embedding
+
     def create_cache(self) -> TransformerXLCache:
         """An empty memory for this model; pass it as `past_key_values` and go on with the one that comes back."""
         return TransformerXLCache(self.config)
@@ -283,7 +317,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             inputs_embeds: (B, T, D) instead of `input_ids`, before the scaling by sqrt(D).
             use_cache: return a memory when none was passed; default `config.use_cache`.
             output_hidden_states: return the input of every layer and the final states.
-            output_attentions: return the attention weights; needs `attn_implementation="eager"`.
+            output_attentions: return the attention weights, computed in the eager form for this call.
 
         Returns:
             Last hidden states (B, T, D) and what was asked for. Cost per layer O(B T (M + T) D + B (M + T) D^2) in
@@ -291,19 +325,23 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
 
         Raises:
             ValueError, TypeError: ids outside the vocabulary, a mask of another shape, the memory of another batch
-                or model, attention weights from `"sdpa"`.
+                or model.
         """
-        output_attentions, output_hidden_states = self._resolve_outputs(output_attentions, output_hidden_states)
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         segment = self._embed(input_ids, inputs_embeds)
         order = num_pads = None
         memory, is_kept = self._open_memory(past_key_values, use_cache, segment)
-        if attention_mask is not None:
-            order, num_pads = _pads_last(self._segment_mask(attention_mask, segment, memory))
+        mask = self._segment_mask(attention_mask, segment, memory)
+        if mask is not None:
+            order, num_pads = _pads_last(mask)
             segment = _reorder(segment, order)
-        hidden_states = self.dropout(segment * self.config.hidden_size**0.5)
+        hidden_states = self.dropout(segment * config.hidden_size**0.5)
 
         all_hidden_states, all_attentions = [], []
         context = self._context(hidden_states, memory)
+        context["implementation"] = "eager" if output_attentions else config._attn_implementation
         for index, layer in enumerate(self.layers):
             layer_input = hidden_states
             remembered = None if memory is None else memory.layers[index].hidden_states
@@ -330,24 +368,13 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def _resolve_outputs(self, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
-        attentions = self.config.output_attentions if attentions is None else attentions
-        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
-        if attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attn_implementation='eager', but it is "
-                f"{self.config._attn_implementation!r}, which never builds the weights; call "
-                "model.set_attn_implementation('eager')."
-            )
-        return bool(attentions), bool(hidden_states)
-
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None:
             return inputs_embeds
-        # On an accelerator the lookup itself stops at such an id; asking here would wait for the device.
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+        # On an accelerator the lookup itself stops at such an id.
+        if _can_look_at(input_ids) and input_ids.numel():
             lowest, highest = input_ids.aminmax()
             if lowest < 0 or highest >= self.config.vocab_size:
                 raise ValueError(
@@ -381,16 +408,23 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             memory.start(segment)
         return memory, is_kept
 
-    def _segment_mask(self, attention_mask: Tensor, segment: Tensor, memory: TransformerXLCache | None) -> Tensor:
-        """The last T columns of the mask, bool."""
+    def _segment_mask(
+        self, attention_mask: Tensor | None, segment: Tensor, memory: TransformerXLCache | None
+    ) -> Tensor | None:
+        """The mask's last T columns, (B, T) bool, True for tokens; None when there are no pads."""
+        if attention_mask is None:
+            return None
         batch_size, length = segment.shape[:2]
         seen = 0 if memory is None else memory.get_seq_length()
         if tuple(attention_mask.shape) not in ((batch_size, length), (batch_size, seen + length)):
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, but must be ({batch_size}, {length}) for the "
-                f"segment or ({batch_size}, {seen + length}) for all tokens so far."
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but must be ({batch_size}, {length}) for "
+                f"the segment or ({batch_size}, {seen + length}) for all tokens so far."
             )
-        return attention_mask[:, -length:].to(segment.device) != 0
+        mask = attention_mask[:, -length:] != 0
+        if _can_look_at(mask) and mask.all():
+            return None
+        return mask.to(segment.device)
 
     def _context(self, hidden_states: Tensor, memory: TransformerXLCache | None) -> dict[str, Any]:
         """What all layers are given alike: positions, mask, biases, and the cache if it keeps keys and values."""
@@ -424,6 +458,11 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             cache.clamp_len = clamp_len
         table = sinusoid_table(num_rows, self.config.hidden_size, hidden_states.dtype, hidden_states.device)
         return self.dropout(table)
+
+
+def _can_look_at(tensor: Tensor) -> bool:
+    """Whether a branch on the tensor's content is free: it would stop an accelerator, and break a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _pads_last(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -534,10 +573,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         if self.config.is_adaptive:
             losses = self.lm_head.losses(hidden_states.flatten(0, 1), flat_labels, self.model.embed_tokens)
         else:
-            if logits.shape[1] < hidden_states.shape[1]:
-                logits = self.lm_head(hidden_states)
-            else:
-                logits = logits[:, scored]
+            is_partial = logits.shape[1] < hidden_states.shape[1]
+            logits = self.lm_head(hidden_states) if is_partial else logits[:, scored]
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
             losses = F.cross_entropy(logits.flatten(0, 1).to(exact), flat_labels, reduction="none")
         return losses.view(labels.shape)
@@ -571,7 +608,11 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         if self.config.mem_len == 0:
             # Without a memory every step needs the whole prefix again.
             model_kwargs["use_cache"] = False
-        if not model_kwargs["use_cache"]:
+        if self.config.mem_len == 0:
+            # Without a memory every step needs the whole prefix again.
+            model_kwargs["use_cache"] = False
+            return
+        if generation_config.use_cache is False:
             return
         cache = model_kwargs.get("past_key_values")
         if cache is None:

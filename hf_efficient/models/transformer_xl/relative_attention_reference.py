@@ -1,4 +1,4 @@
-"""Relative attention written from the equations, one score at a time; the truth that `relative_attention.py` is held to."""
+"""Relative attention written from the equations, one score at a time: the truth for `relative_attention.py`."""
 
 import math
 
