@@ -609,9 +609,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             # Without a memory every step needs the whole prefix again.
             model_kwargs["use_cache"] = False
         if self.config.mem_len == 0:
-            # Without a memory every step needs the whole prefix again.
-            model_kwargs["use_cache"] = False
-            return
+            # Without a memory every step needs the whole prefix again; `generate` works on a copy of the configuration.
+            generation_config.use_cache = False
         if generation_config.use_cache is False:
             return
         cache = model_kwargs.get("past_key_values")
