@@ -1,0 +1,117 @@
+"""The public names: there, exported, documented, and known to the Auto classes."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+
+import pytest
+import transformers
+
+import hf_efficient
+
+# What docs and users rely on. A room may export more; all of it must be documented.
+PUBLIC = {
+    "hf_efficient": {
+        "TransformerXLCache",
+        "TransformerXLConfig",
+        "TransformerXLForCausalLM",
+        "TransformerXLForSequenceClassification",
+        "TransformerXLForTokenClassification",
+        "TransformerXLModel",
+    },
+    "hf_efficient.conversion": {"convert_checkpoint"},
+    "hf_efficient.data": {"SegmentCollator", "SegmentLanes", "load_documents", "load_tokenizer", "segment_lanes"}
+    | {"tokenize_documents", "train_tokenizer"},
+    "hf_efficient.hub": {"write_model_card"},
+    "hf_efficient.ops": {"relative_attention"},
+    "hf_efficient.training": {"SegmentTrainer", "SegmentTrainingArguments", "bits_per_byte", "perplexity"},
+}
+
+AUTO_CLASSES = {
+    "AutoModel": "TransformerXLModel",
+    "AutoModelForCausalLM": "TransformerXLForCausalLM",
+    "AutoModelForSequenceClassification": "TransformerXLForSequenceClassification",
+    "AutoModelForTokenClassification": "TransformerXLForTokenClassification",
+}
+TINY = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+def exported() -> list[tuple[str, str]]:
+    """(room, name) of everything in the rooms' `__all__`."""
+    return [(room, name) for room in PUBLIC for name in importlib.import_module(room).__all__]
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_promised_names_are_exported(room):
+    assert PUBLIC[room] - set(importlib.import_module(room).__all__) == set()
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_exported_names_are_sorted_and_public(room):
+    names = importlib.import_module(room).__all__
+    assert names == sorted(names)
+    assert not any(name.startswith("_") for name in names)
+
+
+@pytest.mark.parametrize(("room", "name"), exported())
+def test_exported_name_is_documented(room, name):
+    found = getattr(importlib.import_module(room), name)
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        return  # a constant is explained by the comment beside it
+    assert found.__doc__, f"{name} has no docstring"
+    # What a dataclass without a docstring gets from Python is its signature.
+    assert not found.__doc__.startswith(f"{name}("), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize(("room", "name"), exported())
+def test_public_methods_are_documented(room, name):
+    found = getattr(importlib.import_module(room), name)
+    own = vars(found) if inspect.isclass(found) and found.__module__.startswith("hf_efficient") else {}
+    members = {key: getattr(value, "__func__", value) for key, value in own.items() if not key.startswith("_")}
+    methods = {
+        key: value for key, value in members.items() if inspect.isfunction(value) or isinstance(value, property)
+    }
+    assert {key for key, value in methods.items() if not value.__doc__} == set()
+
+
+@pytest.mark.parametrize(("auto", "name"), AUTO_CLASSES.items())
+def test_auto_class_builds_ours(auto, name):
+    config = transformers.AutoConfig.for_model("transfo-xl", **TINY)
+    assert type(config) is hf_efficient.TransformerXLConfig
+    assert type(getattr(transformers, auto).from_config(config)) is getattr(hf_efficient, name)
+
+
+def test_version_is_that_of_the_installed_package():
+    assert importlib.metadata.version("hf_efficient") == hf_efficient.__version__
+
+
+WITHOUT_EXTRAS = """
+import sys
+from importlib.machinery import PathFinder
+
+EXTRAS = {"accelerate", "datasets", "matplotlib", "pandas", "peft", "pyarrow", "sacremoses"}
+
+
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in EXTRAS else PathFinder.find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutExtras
+
+import torch
+import hf_efficient
+
+config = hf_efficient.TransformerXLConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+hf_efficient.TransformerXLForCausalLM(config).generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+assert not EXTRAS & sys.modules.keys()
+"""
+
+
+def test_models_need_no_extra():
+    """`import hf_efficient` must work where only the required packages are installed."""
+    command = [sys.executable, "-c", WITHOUT_EXTRAS]
+    finished = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
