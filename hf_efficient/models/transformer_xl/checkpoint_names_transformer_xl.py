@@ -4,6 +4,10 @@ transformers renames on load and back on save. The original attention has one fu
 per projection, as quantisation, LoRA and a memory that needs no queries want it.
 """
 
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
@@ -36,3 +40,18 @@ def register_checkpoint_names(model_type: str) -> None:
     mapping = [WeightRenaming(on_disk, in_model) for on_disk, in_model in RENAMINGS]
     mapping.append(WeightConverter(FUSED, SPLIT, operations=[Chunk(dim=0)]))
     register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+
+
+def to_model_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under the names in the model; what has them already is left alone."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        name = key
+        for on_disk, in_model in RENAMINGS:
+            name = re.sub(on_disk, in_model.removeprefix("^"), name)
+        if name.endswith(FUSED):
+            parts = zip(SPLIT, tensor.chunk(len(SPLIT)), strict=True)
+            renamed |= {name.replace(FUSED, part): chunk for part, chunk in parts}
+        else:
+            renamed[name] = tensor
+    return renamed

@@ -4,6 +4,7 @@ Letters in shape notes: B batch, H heads, T tokens of the segment, M memory slot
 D hidden_size, V vocab_size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
 from .cache_transformer_xl import TransformerXLCache
-from .checkpoint_names_transformer_xl import register_checkpoint_names
+from .checkpoint_names_transformer_xl import register_checkpoint_names, to_model_names
 from .configuration_transformer_xl import TransformerXLConfig
 from .relative_attention import memory_attention_mask, relative_attention, sinusoid_table
 
@@ -231,6 +232,10 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
             init.uniform_(weight, -self.config.init_range, self.config.init_range)
         else:
             init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes the names on disk too: the Trainer reads a checkpoint's file by itself when it resumes."""
+        return super().load_state_dict(to_model_names(state_dict), strict=strict, assign=assign)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -515,7 +520,6 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         past_key_values: TransformerXLCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -526,13 +530,15 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T) ids, shifted by one in here; -100 is ignored.
             shift_labels: (B, T), already shifted: entry t is token t + 1, so that the last one may be the first token
-                of the next segment. Used instead of `labels` when both are given.
+                of the next segment. Used instead of `labels` when both are given. (Among the keywords, because the
+                Trainer would demand every named argument with "label" in it from each data set.)
             logits_to_keep: compute logits for the last so many positions, or for these indices; 0 means all.
             num_items_in_batch: predicted tokens of the whole (accumulated) batch, by which the summed loss is divided.
 
         Returns:
             `TransformerXLCausalLMOutput`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -606,10 +612,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         if is_rolled_back:
             self._check_rollback(max_cache_length)
         if self.config.mem_len == 0:
-            # Without a memory every step needs the whole prefix again.
-            model_kwargs["use_cache"] = False
-        if self.config.mem_len == 0:
-            # Without a memory every step needs the whole prefix again; `generate` works on a copy of the configuration.
+            # Without a memory every step needs the whole prefix again. (This is `generate`'s own copy.)
             generation_config.use_cache = False
         if generation_config.use_cache is False:
             return

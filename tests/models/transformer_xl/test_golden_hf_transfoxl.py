@@ -1,7 +1,7 @@
 """Checkpoints and outputs of transformers 4's TransfoXL: every case found under the golden folder must agree.
 
-Tolerances: 2e-5 absolute on float32 activations of O(1) to O(10), 1e-4 relative on gradients, both some tens of float32
-roundings; integers exactly.
+Tolerances: 2e-5 absolute on float32 activations of O(1) to O(10) and 1e-4 relative on gradients, some tens of float32
+roundings each; integers exactly.
 """
 
 import json
