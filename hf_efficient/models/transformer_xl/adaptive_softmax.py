@@ -32,7 +32,7 @@ class AdaptiveEmbedding(nn.Embedding):
     def __init__(self, config: TransformerXLConfig):
         self.ranges = bin_ranges(config) if config.div_val > 1 else [(0, config.vocab_size)]
         widths = bin_widths(config)[: len(self.ranges)]
-        super().__init__(self.ranges[0][1], widths[0], config.pad_token_id if self._pads_head(config) else None)
+        super().__init__(self.ranges[0][1], widths[0])
         self.tails = nn.ModuleDict()
         for i, (low, high) in enumerate(self.ranges[1:], start=1):
             self.tails[str(i)] = nn.Embedding(high - low, widths[i])
@@ -40,9 +40,6 @@ class AdaptiveEmbedding(nn.Embedding):
         if config.div_val > 1 or config.embedding_size != config.hidden_size:
             for i, width in enumerate(widths):
                 self.projections[str(i)] = nn.Parameter(torch.empty(config.hidden_size, width))
-
-    def _pads_head(self, config: TransformerXLConfig) -> bool:
-        return config.pad_token_id is not None and 0 <= config.pad_token_id < self.ranges[0][1]
 
     @property
     def last_table(self) -> nn.Embedding:
@@ -54,20 +51,20 @@ class AdaptiveEmbedding(nn.Embedding):
 
         Cost O(tokens * hidden_size * sum of the bins' widths).
         """
-        embeddings = self._embed_bin(0, input_ids, self.weight, self.padding_idx)
+        embeddings = self._embed_bin(0, input_ids, self.weight)
         for name, table in self.tails.items():
             in_bin = input_ids >= self.ranges[int(name)][0]
-            tail = self._embed_bin(int(name), input_ids, table.weight, None)
+            tail = self._embed_bin(int(name), input_ids, table.weight)
             embeddings = torch.where(in_bin[..., None], tail, embeddings)
         return embeddings
 
-    def _embed_bin(self, index: int, input_ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    def _embed_bin(self, index: int, input_ids: Tensor, table: Tensor) -> Tensor:
         low, high = self.ranges[index]
         local_ids = (input_ids - low).clamp(min=0)
         if index < len(self.ranges) - 1:
             # Later bins overwrite these. The last bin is open, so that an id outside the vocabulary is an error.
             local_ids = local_ids.clamp(max=high - low - 1)
-        rows = F.embedding(local_ids, table, padding_idx)
+        rows = F.embedding(local_ids, table)
         if str(index) not in self.projections:
             return rows
         return F.linear(rows, self.projections[str(index)])
@@ -170,7 +167,7 @@ class AdaptiveSoftmax(nn.Linear):
         """
         shortlist = self.ranges[0][1]
         head = self._head_log_probs(hidden_states, embedding)
-        column = labels.clamp(min=0)
+        column = labels.masked_fill(labels == -100, 0)
         for index, (low, _) in enumerate(self.ranges[1:], start=1):
             column = torch.where(labels >= low, shortlist + index - 1, column)
         log_probs = head.gather(-1, column[:, None]).squeeze(-1)

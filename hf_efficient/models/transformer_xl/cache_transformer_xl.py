@@ -58,7 +58,7 @@ class KeyValueWindow:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Write T new tokens behind the last. Amortised cost O(T)."""
         added = keys.shape[2]
-        if self.end + added > self.buffers[0].shape[2]:
+        if self.end + added > self.capacity:
             self._make_room(added)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, self.end : self.end + added] = states
@@ -91,6 +91,11 @@ class KeyValueWindow:
     def map(self, transform: Callable[[Tensor], Tensor]) -> None:
         """Replace both buffers by `transform(buffer)`, which may change batch size and device."""
         self.buffers = [transform(buffer) for buffer in self.buffers]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers have room for."""
+        return self.buffers[0].shape[2]
 
     @property
     def is_writable(self) -> bool:
@@ -181,8 +186,7 @@ class TransformerXLMemoryLayer(CacheLayerMixin):
             self.lazy_initialization(key_states[:, :, :0], value_states[:, :, :0])
         added = key_states.shape[2]
         key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
-        carries_grad = torch.is_grad_enabled() and key_states.requires_grad
-        if num_pads is None and not carries_grad and self.window.is_writable:
+        if num_pads is None and self._can_write(added):
             visible = self.memory_length + added
             self.window.append(key_states, value_states)
             keys, values = self.window.last(visible)
@@ -198,6 +202,12 @@ class TransformerXLMemoryLayer(CacheLayerMixin):
         self._count(added, evicted)
         self._expose()
         return keys, values
+
+    def _can_write(self, added: int) -> bool:
+        """Whether new tokens may be written into the window's buffers in place."""
+        # A segment far longer than the window would only blow the buffers up.
+        fits = self.record_past or self.memory_length + added <= self.window.capacity
+        return fits and not torch.is_grad_enabled() and self.window.is_writable
 
     def activate_past_recording(self) -> None:
         """Keep what leaves the window until the next `crop`, so that assisted decoding can take tokens back."""
@@ -297,17 +307,17 @@ class TransformerXLMemoryLayer(CacheLayerMixin):
                 tensors |= dict(zip(("initial_keys", "initial_values"), self.initial_states, strict=True))
         else:
             tensors = {} if self.hidden_states is None else {"hidden_states": self.hidden_states}
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], cumulative_length: int) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave, as much of it as the memory holds."""
         self.reset()
         if "keys" in tensors:
-            self.lazy_initialization(tensors["keys"], tensors["values"])
+            self.lazy_initialization(*(keep_last(tensors[name], self.mem_len, dim=2) for name in ("keys", "values")))
             if "initial_keys" in tensors:
-                self.initial_states = tensors["initial_keys"], tensors["initial_values"]
+                self.initial_states = tensors["initial_keys"].clone(), tensors["initial_values"].clone()
         elif "hidden_states" in tensors:
-            self.hidden_states = tensors["hidden_states"].clone()
+            self.hidden_states = keep_last(tensors["hidden_states"], self.mem_len, dim=1).clone()
         self.cumulative_length = cumulative_length
 
 
@@ -431,6 +441,8 @@ class TransformerXLCache(Cache):
             )
         for layer in self.layers:
             layer.num_croppable = 0
+        if self.mem_len == 0:
+            return
         if self.memory_init == "zeros":
             for layer in self.layers:
                 layer.restart_rows(rows)
@@ -488,8 +500,12 @@ class TransformerXLCache(Cache):
         """Take over the state that `state_dict` gave.
 
         Raises:
-            ValueError: it belongs to a memory with another number of layers.
+            ValueError: it belongs to a memory with another number of layers, or to no memory.
         """
+        if "seq_length" not in tensors:
+            raise ValueError(
+                f"The state holds {sorted(tensors)}, which is no memory; give what state_dict() returned."
+            )
         indices = {int(name.split(".")[1]) for name in tensors if name.startswith("layers.")}
         if indices and indices != set(range(len(self.layers))):
             raise ValueError(

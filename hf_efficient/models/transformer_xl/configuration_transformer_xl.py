@@ -1,7 +1,8 @@
 """Configuration of Transformer-XL (Dai et al. 2019, arXiv 1901.02860)."""
 
 import difflib
-from dataclasses import field
+import math
+from dataclasses import field, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -115,11 +116,11 @@ class TransformerXLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
-    layer_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: float | int = 1e-5
     init_method: str = "normal"
-    initializer_range: float = 0.02
-    init_range: float = 0.01
-    proj_init_std: float = 0.01
+    initializer_range: float | int = 0.02
+    init_range: float | int = 0.01
+    proj_init_std: float | int = 0.01
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -138,6 +139,7 @@ class TransformerXLConfig(PreTrainedConfig):
         for name in LEGACY_INERT:
             kwargs.pop(name, None)
         _refuse_misspelt(kwargs, [*self.__dataclass_fields__, *self.attribute_map])
+        self._apply_aliases(kwargs)
         super().__post_init__(**kwargs)
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
@@ -149,6 +151,16 @@ class TransformerXLConfig(PreTrainedConfig):
         self.tie_projs = list(self.tie_projs)
         # Also run by transformers afterwards, but wrapped into an error class that is no ValueError.
         self.validate_architecture()
+
+    def _apply_aliases(self, kwargs: dict[str, Any]) -> None:
+        """Move legacy names to their fields, with the fields' type checks, and refuse two answers to one question."""
+        defaults = {item.name: item.default for item in fields(self)}
+        for alias in [key for key in kwargs if key in self.attribute_map]:
+            name, value = self.attribute_map[alias], kwargs.pop(alias)
+            given = getattr(self, name)
+            if given not in (defaults[name], value):
+                raise ValueError(f"{name}={given!r} and its older name {alias}={value!r} disagree; give one of them.")
+            setattr(self, name, value)
 
     @property
     def is_adaptive(self) -> bool:
@@ -171,6 +183,10 @@ class TransformerXLConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} is odd, and the sinusoid positions come in pairs of sine and "
                 "cosine; give an even number."
             )
+        if self.clamp_len < -1:
+            raise ValueError(
+                f"clamp_len={self.clamp_len} is negative; give a distance in tokens, or -1 to turn it off."
+            )
         if self.mem_len < 0:
             raise ValueError(f"mem_len={self.mem_len} is negative; give 0 to turn the memory off.")
         if self.same_length and self.mem_len == 0:
@@ -182,8 +198,8 @@ class TransformerXLConfig(PreTrainedConfig):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1); give a probability below 1.")
         for name in ("layer_norm_epsilon", "initializer_range", "init_range", "proj_init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive; give a small positive number.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is no positive number; give a small one.")
 
     def _validate_choices(self) -> None:
         for name, legal in (("memory_init", ("empty", "zeros")), ("init_method", ("normal", "uniform"))):
@@ -197,11 +213,19 @@ class TransformerXLConfig(PreTrainedConfig):
                 f"cutoffs={self.cutoffs} must ascend strictly between 0 and vocab_size={self.vocab_size}; "
                 "correct them, or give [] for a plain softmax."
             )
-        if len(self.tie_projs) < len(self.cutoffs) + 1:
+        if len(self.tie_projs) != len(self.cutoffs) + 1:
             raise ValueError(
                 f"tie_projs={self.tie_projs} has {len(self.tie_projs)} entries for {len(self.cutoffs) + 1} bins; "
                 "give one per bin (cutoffs + 1), or None."
             )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for token_id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+                if not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{name}={token_id} is outside the vocabulary of {self.vocab_size} ids; correct it, or give "
+                        "None when there is no such token."
+                    )
         narrowest = self.embedding_size // self.div_val ** len(self.cutoffs)
         if narrowest < 1:
             raise ValueError(
@@ -216,6 +240,10 @@ def _translate_legacy(config_dict: dict[str, Any], aliases: dict[str, str]) -> d
     for name, value in LEGACY_DEFAULTS.items():
         translated.setdefault(name, value)
     translated["memory_init"] = "zeros"
+    for name in ("bos_token_id", "pad_token_id"):
+        # Some old files say -1 for "none".
+        if translated.get(name) == -1:
+            translated[name] = None
     return translated
 
 
@@ -230,7 +258,7 @@ def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
         )
     for name, off in (("sample_softmax", -1), ("ext_len", 0)):
         value = kwargs.pop(name, off)
-        if value > 0:
+        if value is not None and value > 0:
             raise ValueError(f"{name}={value} is not supported; set {name}={off} or leave it out.")
 
 

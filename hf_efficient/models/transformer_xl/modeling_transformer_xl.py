@@ -135,7 +135,7 @@ class TransformerXLAttention(nn.Module):
 
     def _project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, M, K) of remembered hidden states (B, M, D), with the weights as they are now."""
-        normed = self._pre_norm(memory)
+        normed = self._pre_norm(memory.to(self.layer_norm.weight.dtype))
         return self._split_heads(self.k_proj(normed)), self._split_heads(self.v_proj(normed))
 
     def _fill_window(self, cache: TransformerXLCache, memory: Tensor | None) -> None:
@@ -152,7 +152,7 @@ class TransformerXLAttention(nn.Module):
         if positions is None:
             return cache.layers[self.layer_idx].position_key
         position_key = self.r_proj(positions).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-        if cache is not None:
+        if cache is not None and not torch.is_grad_enabled():
             cache.layers[self.layer_idx].position_key = position_key
         return position_key
 
@@ -251,10 +251,11 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
         vocab_size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             vocab_size = -(-vocab_size // pad_to_multiple_of) * pad_to_multiple_of
-        if vocab_size <= max(self.config.cutoffs, default=0):
+        last_start = max(self.config.cutoffs, default=0)
+        if vocab_size <= last_start:
             raise ValueError(
                 f"new_num_tokens={vocab_size} would leave the last vocabulary bin empty, which begins at "
-                f"{max(self.config.cutoffs)}; give a larger number."
+                f"{last_start}; give a larger number."
             )
         if head is not None:
             # Before the embedding: transformers takes a head whose tied table has the new size already for resized.
@@ -286,7 +287,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         if config.is_adaptive:
             self.embed_tokens = AdaptiveEmbedding(config)
         else:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TransformerXLLayer(config, i) for i in range(config.num_hidden_layers))
         if not config.untie_r:
             self.content_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
@@ -329,10 +330,12 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             training, O(B T (M + T) D + B T D^2) with kept keys and values.
 
         Raises:
-            ValueError, TypeError: ids outside the vocabulary, a mask of another shape, the memory of another batch
-                or model.
+            ValueError, TypeError: inputs of a wrong shape, ids outside the vocabulary, a mask of another shape, the
+                memory of another batch or model.
         """
         config = self.config
+        if "mems" in kwargs:
+            raise TypeError("mems of transformers 4 is past_key_values now; pass what the last call returned there.")
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         segment = self._embed(input_ids, inputs_embeds)
@@ -377,15 +380,19 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None:
-            return inputs_embeds
-        # On an accelerator the lookup itself stops at such an id.
-        if _can_look_at(input_ids) and input_ids.numel():
-            lowest, highest = input_ids.aminmax()
-            if lowest < 0 or highest >= self.config.vocab_size:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
                 raise ValueError(
-                    f"input_ids holds ids from {lowest} to {highest}, but vocab_size={self.config.vocab_size} allows "
-                    f"0 to {self.config.vocab_size - 1}; use the model's tokenizer, or resize_token_embeddings."
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, but must be (batch, length, "
+                    f"{self.config.hidden_size})."
                 )
+            return inputs_embeds
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}, but must hold whole numbers in "
+                "shape (batch, length)."
+            )
+        # On an accelerator the lookup itself stops at such an id.
+        _check_ids("input_ids", input_ids, self.config.vocab_size)
         return self.embed_tokens(input_ids)
 
     def _open_memory(
@@ -455,7 +462,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         clamp_len = self.config.clamp_len
         limit = clamp_len + 1 if clamp_len > 0 else None
         num_rows = num_rows if limit is None else min(num_rows, limit)
-        if cache is not None:
+        # A kept projection has no graph, so it serves only where none is built.
+        if cache is not None and not torch.is_grad_enabled():
             if cache.clamp_len == clamp_len and cache.num_position_rows >= num_rows:
                 return None
             num_rows = max(MIN_POSITION_ROWS, 1 << (num_rows - 1).bit_length())
@@ -468,6 +476,18 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
 def _can_look_at(tensor: Tensor) -> bool:
     """Whether a branch on the tensor's content is free: it would stop an accelerator, and break a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary with the argument's name."""
+    if not _can_look_at(ids) or ids.numel() == 0:
+        return
+    lowest, highest = ids.aminmax()
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"{name} holds ids from {lowest} to {highest}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}; "
+            "use the model's tokenizer, or resize_token_embeddings."
+        )
 
 
 def _pads_last(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -548,17 +568,18 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if shift_labels is None and labels is not None:
-            shift_labels, scored = labels[:, 1:], slice(0, -1)
-        else:
-            scored = slice(None)
         logits = losses = None
-        if not self.config.is_adaptive:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        elif shift_labels is None:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep), self.model.embed_tokens)
+        if shift_labels is None and labels is not None:
+            _check_labels("labels", labels, hidden_states)
+            shift_labels, scored = labels[:, 1:], hidden_states[:, :-1]
+        elif shift_labels is not None:
+            _check_labels("shift_labels", shift_labels, hidden_states)
+            scored = hidden_states
+        if shift_labels is None or not self.config.is_adaptive:
+            logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
         if shift_labels is not None:
-            losses = self._losses(hidden_states[:, scored], logits, shift_labels.to(hidden_states.device), scored)
+            is_whole = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+            losses = self._losses(scored, shift_labels.to(scored.device), logits if is_whole else None)
         return TransformerXLCausalLMOutput(
             loss=None if losses is None else _mean_loss(losses, shift_labels, num_items_in_batch),
             losses=losses,
@@ -568,19 +589,19 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _losses(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor, scored: slice) -> Tensor:
-        """Negative log-likelihoods (B, T) of the shifted labels, float32, 0 where ignored."""
-        if labels.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"shift_labels has shape {tuple(labels.shape)}, but the segment has {tuple(hidden_states.shape[:2])}; "
-                "give one label per token, -100 where there is none."
-            )
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        if self.config.is_adaptive:
+            return self.lm_head(hidden_states, self.model.embed_tokens)
+        return self.lm_head(hidden_states)
+
+    def _losses(self, hidden_states: Tensor, labels: Tensor, logits: Tensor | None) -> Tensor:
+        """Negative log-likelihoods (B, T) of the shifted labels, float32, 0 where ignored; `logits` if at hand."""
+        _check_ids("labels", labels[labels != -100] if _can_look_at(labels) else labels, self.config.vocab_size)
         flat_labels = labels.reshape(-1)
         if self.config.is_adaptive:
             losses = self.lm_head.losses(hidden_states.flatten(0, 1), flat_labels, self.model.embed_tokens)
         else:
-            is_partial = logits.shape[1] < hidden_states.shape[1]
-            logits = self.lm_head(hidden_states) if is_partial else logits[:, scored]
+            logits = self._logits(hidden_states) if logits is None else logits[:, : labels.shape[1]]
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
             losses = F.cross_entropy(logits.flatten(0, 1).to(exact), flat_labels, reduction="none")
         return losses.view(labels.shape)
@@ -634,6 +655,14 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
                 f"memory_init={config.memory_init!r} and same_length=False: a token checked together with others sees "
                 "more memory than one decoded alone. Set config.same_length=True, or a larger config.mem_len."
             )
+
+
+def _check_labels(name: str, labels: Tensor, hidden_states: Tensor) -> None:
+    if labels.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}, but the segment has {tuple(hidden_states.shape[:2])}; give one "
+            "label per token, -100 where there is none."
+        )
 
 
 def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
