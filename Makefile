@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 NAME ?=
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-METADATA := setup.py pyproject.toml constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+METADATA := setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-floor lint format bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -24,6 +25,9 @@ test: $(VENV)/.installed-dev ## the quick tests
 
 test-slow: $(VENV)/.installed-dev ## soak, claims, matrix and fuzz tests
 	$(BIN)/python -m pytest -m slow
+
+test-floor: $(VENV)/floor.txt ## the quick tests with the oldest transformers we support
+	$(MAKE) test VENV=$(VENV)/floor CONSTRAINTS=$<
 
 lint: $(VENV)/.installed-lint ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -43,8 +47,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: the pin picks the CPU build where one is offered, and nothing else may choose another.
-$(VENV)/.installed-torch: constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+$(VENV)/.installed-torch: $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) "$$(grep '^torch==' $(CONSTRAINTS))"
 	@touch $@
 
 $(VENV)/.installed-demo: $(VENV)/.installed-torch $(METADATA)
@@ -55,6 +59,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed-torch $(METADATA)
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.installed-lint: constraints.txt | $(BIN)/python
+$(VENV)/.installed-lint: $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) ruff
 	@touch $@
+
+# constraints.txt with the lowest transformers that setup.py allows.
+$(VENV)/floor.txt: constraints.txt setup.py
+	@mkdir -p $(@D)
+	floor=$$(sed -nE 's/.*"transformers>=([0-9.]+),.*/\1.0/p' setup.py) && \
+	sed "s/^transformers==.*/transformers==$$floor/" constraints.txt > $@

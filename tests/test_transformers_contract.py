@@ -21,15 +21,49 @@ LIBRARIES = ("accelerate", "datasets", "transformers")
 
 # `from <module> import <name>`, for modules below the top level of a library.
 IMPORTED = {
+    "datasets.exceptions": {"DatasetGenerationError"},
     "transformers.cache_utils": {"Cache", "CacheLayerMixin"},
+    "transformers.conversion_mapping": {"register_checkpoint_conversion_mapping"},
+    "transformers.core_model_loading": {"Chunk", "WeightConverter", "WeightRenaming"},
+    "transformers.generation": {"GenerationMode"},
+    "transformers.modeling_layers": {"GradientCheckpointingLayer"},
+    "transformers.modeling_outputs": {
+        "BaseModelOutputWithPast",
+        "ModelOutput",
+        "SequenceClassifierOutputWithPast",
+        "TokenClassifierOutput",
+    },
+    "transformers.modeling_utils": {"slice_logits_to_keep"},
+    "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"},
+    "transformers.trainer_callback": {"ProgressCallback"},
+    "transformers.trainer_utils": {"EvalLoopOutput", "TrainOutput"},
+    "transformers.utils": {"can_return_tuple"},
 }
 # Private members of a library's class that a class of ours replaces.
 OVERRIDDEN = {
-    "transformers.modeling_utils.PreTrainedModel": {"_init_weights"},
+    "transformers.generation.utils.GenerationMixin": {"_prepare_cache_for_generation"},
+    "transformers.modeling_utils.PreTrainedModel": {
+        "_can_set_attn_implementation",
+        "_init_weights",
+        "_keys_to_ignore_on_load_unexpected",
+        "_no_split_modules",
+        "_skip_keys_device_placement",
+        "_supports_sdpa",
+    },
+    "transformers.tokenization_python.PythonBackend": {"_convert_id_to_token", "_convert_token_to_id", "_tokenize"},
+    "transformers.tokenization_utils_base.PreTrainedTokenizerBase": {"_decode"},
+    "transformers.trainer.Trainer": {"_load_rng_state", "_save_rng_state"},
 }
 # Private members that we read or call without defining them, and an owner that has them.
 USED = {
+    "_actions": "argparse.ArgumentParser",
+    "_added_tokens_decoder": "transformers.tokenization_python.PythonBackend",
+    "_added_tokens_encoder": "transformers.tokenization_python.PythonBackend",
     "_attn_implementation": "transformers.configuration_utils.PreTrainedConfig",
+    "_get_formatter": "argparse.ArgumentParser",
+    "_get_resized_embeddings": "transformers.modeling_utils.PreTrainedModel",
+    "_get_resized_lm_head": "transformers.modeling_utils.PreTrainedModel",
+    "_indices": "datasets.Dataset",
 }
 
 
