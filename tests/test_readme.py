@@ -118,3 +118,9 @@ def test_files_named_in_tables_are_there(document):
     )
     places = (ROOT, ROOT / "hf_efficient")
     assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
+def test_paper_index_has_every_recipe():
+    recipes = {path.name for path in (ROOT / "examples").glob("*.yaml")}
+    index = (ROOT / "docs" / "paper_index.md").read_text("utf-8")
+    assert set(re.findall(r"`(\w+\.yaml)`", index)) == recipes
