@@ -33,6 +33,39 @@ class NaiveSegment:
     memory: list[list[Tensor]]
 
 
+class NaiveRows:
+    """Rows that each go their own way, as if they were alone: the truth for a batch with pads, resets and reorderings.
+
+    Args:
+        model: the `TransformerXLForCausalLM` under test.
+        num_rows: B.
+    """
+
+    def __init__(self, model: torch.nn.Module, num_rows: int):
+        self.naive = NaiveTransformerXL(model)
+        self.memories = [self.naive.start() for _ in range(num_rows)]
+
+    def feed(self, ids: Tensor, mask: Tensor | None = None) -> list[NaiveSegment | None]:
+        """Run the ids (B, T) where the mask (B, T) is 1; None for a row that has none."""
+        segments: list[NaiveSegment | None] = []
+        for row, row_ids in enumerate(ids):
+            tokens = row_ids.tolist() if mask is None else row_ids[mask[row].bool()].tolist()
+            segment = self.naive.segment(tokens, self.memories[row]) if tokens else None
+            if segment is not None:
+                self.memories[row] = segment.memory
+            segments.append(segment)
+        return segments
+
+    def reset(self, rows: list[int]) -> None:
+        """Begin a new stream in these rows."""
+        for row in rows:
+            self.memories[row] = self.naive.start()
+
+    def select(self, rows: list[int]) -> None:
+        """Row b becomes what row `rows[b]` was."""
+        self.memories = [self.memories[row] for row in rows]
+
+
 class NaiveTransformerXL:
     """Reads the parameters of a `TransformerXLForCausalLM`, so that gradients of both can be compared."""
 

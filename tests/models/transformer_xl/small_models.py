@@ -54,6 +54,10 @@ VARIANTS = {
 }
 
 
+# The memory holds keys and values where no gradient is asked for, and hidden states where one is.
+MODES = {"keys_and_values": torch.no_grad, "hidden_states": torch.enable_grad}
+
+
 def small_config(**changes: object) -> TransformerXLConfig:
     """A config of two layers; dropout is off."""
     settings = {
@@ -93,3 +97,11 @@ def random_ids(*shape: int, seed: int = 1) -> Tensor:
 def log_probs(output: object) -> Tensor:
     """(B, T, V) log-probabilities, whichever softmax the model has."""
     return output.logits.log_softmax(-1)
+
+
+def assert_rows_equal(output: object, segments: list, mask: Tensor | None = None) -> None:
+    """The model's log-probabilities at the tokens (not the pads) are those of each row alone."""
+    for row, (given, segment) in enumerate(zip(log_probs(output), segments, strict=True)):
+        given = given if mask is None else given[mask[row].bool()]
+        expected = given[:0] if segment is None else segment.log_probs
+        torch.testing.assert_close(given, expected, **EXACT, msg=lambda text, row=row: f"row {row}: {text}")

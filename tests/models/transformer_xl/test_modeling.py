@@ -5,19 +5,13 @@ import copy
 import pytest
 import torch
 from models.transformer_xl.naive_transformer_xl import NaiveTransformerXL
-from models.transformer_xl.small_models import EXACT, VARIANTS, log_probs, random_ids, small_config, small_model
+from models.transformer_xl.small_models import EXACT, MODES, VARIANTS, log_probs, random_ids, small_config, small_model
 from transformers import DynamicCache
 
 from hf_efficient import TransformerXLForCausalLM, TransformerXLModel
 
 SEGMENTS = (3, 7, 1, 5)
 IMPLEMENTATIONS = ["eager", "sdpa"]
-MODES = ["keys_and_values", "hidden_states"]
-
-
-def in_mode(mode):
-    """The memory holds keys and values without gradients, hidden states with them."""
-    return torch.no_grad() if mode == "keys_and_values" else torch.enable_grad()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -26,7 +20,7 @@ def test_segments_equal_naive_model(variant, mode):
     model = small_model(**VARIANTS[variant])
     naive = NaiveTransformerXL(model)
     cache, memories = model.create_cache(), [None, None]
-    with in_mode(mode):
+    with MODES[mode]():
         for length in SEGMENTS:
             ids = random_ids(2, length, seed=length)
             output = model(ids, past_key_values=cache, output_hidden_states=True, output_attentions=True)
@@ -50,7 +44,7 @@ def test_fused_attention_equals_eager(variant, mode):
     for implementation in IMPLEMENTATIONS:
         model.set_attn_implementation(implementation)
         cache = model.create_cache()
-        with in_mode(mode):
+        with MODES[mode]():
             outputs[implementation] = [
                 log_probs(model(random_ids(2, length), past_key_values=cache)) for length in SEGMENTS
             ]
@@ -209,7 +203,7 @@ def test_tensors_of_the_caller_are_not_modified():
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     cache = model.create_cache()
     for mode in MODES:
-        with in_mode(mode):
+        with MODES[mode]():
             model(**tensors, past_key_values=cache)
             model(tensors["input_ids"], shift_labels=tensors["labels"], past_key_values=cache)
             embeddings = model.get_input_embeddings()(tensors["input_ids"]).detach()

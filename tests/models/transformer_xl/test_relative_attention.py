@@ -7,6 +7,7 @@ import pytest
 import torch
 from models.transformer_xl.small_models import EXACT, HALF
 
+from hf_efficient.models.transformer_xl import recomputed_attention
 from hf_efficient.models.transformer_xl.relative_attention import (
     memory_attention_mask,
     position_scores,
@@ -74,16 +75,20 @@ def run_optimised(inputs, case, implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "sdpa_without_gradient", "sdpa_in_blocks"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_reference_forward_and_every_gradient(case, implementation):
+def test_equals_reference_forward_and_every_gradient(case, implementation, monkeypatch):
+    if implementation == "sdpa_in_blocks":  # as long segments are computed: a few queries at a time
+        monkeypatch.setattr(recomputed_attention, "BLOCK_SCORES", 1)
+        monkeypatch.setattr(recomputed_attention, "MIN_BLOCK", 2)
     query_len, memory_len, clamp_len, window, dead = case
     inputs = draw_inputs(query_len, memory_len + query_len)
     num_dead = None if dead is None else torch.tensor(dead)
     expected, expected_weights = relative_attention_reference(
         **inputs, clamp_len=clamp_len, window=window, num_dead=num_dead
     )
-    output, weights = run_optimised(inputs, case, implementation)
+    with torch.set_grad_enabled(implementation != "sdpa_without_gradient"):
+        output, weights = run_optimised(inputs, case, implementation.split("_")[0])
     torch.testing.assert_close(output, expected, **EXACT)
     if implementation == "eager":
         torch.testing.assert_close(weights, expected_weights, **EXACT)
@@ -91,6 +96,8 @@ def test_equals_reference_forward_and_every_gradient(case, implementation):
         assert (weights[expected_weights == 0] == 0).all()
     else:
         assert weights is None
+    if implementation == "sdpa_without_gradient":
+        return
     upstream = torch.randn_like(expected)
     for name, tensor in inputs.items():
         (wanted,) = torch.autograd.grad(expected, tensor, upstream, retain_graph=True)
@@ -240,3 +247,17 @@ def test_one_query_without_limits_needs_no_mask():
     assert memory_attention_mask(1, 5, None, None, CPU) is None
     assert memory_attention_mask(1, 5, None, 6, CPU) is None
     assert memory_attention_mask(1, 5, None, 5, CPU) is not None
+
+
+@pytest.mark.parametrize("frozen", ["query", "key", "value", "position_weight", "content_bias", "position_bias"])
+def test_gradients_of_the_others_when_one_is_frozen(frozen):
+    """As in fine-tuning of some of the weights, where the forms with and without kept scores change places."""
+    inputs = draw_inputs(4, 11)
+    inputs[frozen] = inputs[frozen].detach()
+    expected, _ = relative_attention_reference(**inputs)
+    output, _ = run_optimised(inputs, CASES["memory"], "sdpa")
+    tensors = {name: tensor for name, tensor in inputs.items() if name != frozen}
+    wanted = torch.autograd.grad(expected.square().sum(), list(tensors.values()))
+    given = torch.autograd.grad(output.square().sum(), list(tensors.values()))
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
