@@ -43,11 +43,14 @@ def verify_conversion(model: PreTrainedModel, state_dict: dict[str, Tensor], fol
     source = _without_prefix(state_dict)
     repeats = repeated_weights(model.config)
     for name, tensor in source.items():
-        counterpart = written.get(name, written.get(repeats.get(name, name)))
-        if counterpart is None or not torch.equal(counterpart, tensor):
+        origin = repeats.get(name, name)
+        counterparts = [weights[key] for weights in (source, written) for key in (name, origin) if key in weights]
+        if not any(key in written for key in (name, origin)):
+            raise ValueError(f"{name} of the source was not written to {folder}; report this.")
+        if not all(torch.equal(counterpart, tensor) for counterpart in counterparts):
             raise ValueError(
-                f"{name} of the source is not the {repeats.get(name, name)} of the converted model; the checkpoint "
-                "contradicts its configuration (tie_word_embeddings, tie_projs or untie_r), correct that."
+                f"{name} of the source is not {origin} of the converted model; either the checkpoint contradicts its "
+                "configuration (tie_word_embeddings, tie_projs or untie_r), correct that, or report this."
             )
     missing = written.keys() - source.keys() - {repeats.get(name) for name in source}
     if missing:

@@ -89,9 +89,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
 
 
-def test_there_are_cases_of_both_kinds():
-    assert PAPER_ATTENTION
-    assert OTHER_ATTENTION
+def test_there_are_cases():
+    """An empty golden folder would make every test below pass."""
+    assert CASES
 
 
 @pytest.mark.parametrize("keeps_keys", [False, True], ids=["hidden_states", "keys_values"])
