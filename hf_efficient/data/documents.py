@@ -65,23 +65,14 @@ def load_documents(
     cache_dir = None if cache_dir is None else str(cache_dir)
     files = [] if source == PYTHON_DOCS else _text_files(source, split)
     if files:
-        documents = _from_text_files(files, split, document_separator, cache_dir)
-    elif document_separator != "file":
+        return _from_text_files(files, split, document_separator, cache_dir)
+    if document_separator != "file":
         raise ValueError(
-            f"document_separator={document_separator!r} is for text files, not source={_shown(source)}; leave it out."
+            f"document_separator={document_separator!r} is for text files, not source={str(source)!r}; leave it out."
         )
-    elif source == PYTHON_DOCS:
-        documents = _from_python_docs(split, cache_dir)
-    else:
-        documents = _from_dataset(source, split, text_column, config_name, cache_dir)
-    if len(documents) == 0:
-        raise ValueError(f"source={_shown(source)} holds no text in split={split!r}; give a corpus that is not empty.")
-    return documents
-
-
-def _shown(source: Source) -> str:
-    """`source` as an error message shows it."""
-    return repr(str(source)) if isinstance(source, str | PathLike) else str([str(path) for path in source])
+    if source == PYTHON_DOCS:
+        return _from_python_docs(split, cache_dir)
+    return _from_dataset(source, split, text_column, config_name, cache_dir)
 
 
 # --- text files ------------------------------------------------------------------------------------------------------
@@ -157,8 +148,17 @@ def _from_text_files(files: Sequence[Path], split: str, document_separator: str,
 
 
 def _rows_of_text_files(stamps: tuple[tuple[str, int, int], ...], document_separator: str, version: int):
-    """`read_text_files` with all that identifies its result."""
-    return read_text_files([Path(path) for path, _, _ in stamps], document_separator)
+    """`read_text_files` with all that identifies its result.
+
+    Raises ValueError if there is no document, which `datasets` could not make a table of.
+    """
+    files = [Path(path) for path, _, _ in stamps]
+    is_empty = True
+    for row in read_text_files(files, document_separator):
+        is_empty = False
+        yield row
+    if is_empty:
+        raise ValueError(f"source={[str(path) for path in files]} holds no text; give a corpus that is not empty.")
 
 
 def _generate(rows: Callable, arguments: dict, features: Features, split: str, cache_dir: str | None) -> Dataset:
@@ -213,6 +213,8 @@ def _from_dataset(
             raise FileNotFoundError(
                 f"source={str(source)!r} is no file, no folder and no dataset that can be loaded: {error}"
             ) from error
+    if len(dataset) == 0:
+        raise ValueError(f"source={str(source)!r} has no rows in split={split!r}; give a corpus that is not empty.")
     if text_column not in dataset.column_names:
         raise ValueError(
             f"text_column={text_column!r} is not in source={str(source)!r}: it has {dataset.column_names}."
