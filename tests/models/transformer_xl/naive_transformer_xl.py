@@ -126,6 +126,7 @@ class NaiveTransformerXL:
         if config.pre_norm:
             context = [self.layer_norm(prefix, state) for state in context]
         keys, values = [w_k @ state for state in context], [w_v @ state for state in context]
+        positions = [w_r @ self.sinusoid(distance) for distance in range(len(context))]
         outputs, weights = [], []
         for i in range(len(states)):
             here = len(memory) + i
@@ -134,7 +135,7 @@ class NaiveTransformerXL:
             scores = []
             for j in range(oldest, here + 1):
                 distance = min(here - j, config.clamp_len) if config.clamp_len > 0 else here - j
-                position = w_r @ self.sinusoid(distance)
+                position = positions[distance]
                 score = query @ keys[j] + query @ position + u @ keys[j] + v @ position
                 scores.append(score / math.sqrt(config.head_dim))
             probabilities = torch.stack(scores).softmax(dim=0)

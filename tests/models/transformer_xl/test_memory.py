@@ -61,19 +61,13 @@ def test_change_from_hidden_states_to_keys_and_values_is_exact(variant):
     model = small_model(**VARIANTS[variant])
     rows, cache = NaiveRows(model, 2), model.create_cache()
     modes = [torch.enable_grad, torch.enable_grad, torch.no_grad, torch.no_grad, torch.enable_grad, torch.no_grad]
-    masks = [
-        None,
-        [[1, 1, 0, 1], [1, 1, 1, 1]],
-        None,
-        [[0, 0, 0, 0], [1, 0, 1, 1]],
-        None,
-        [[1, 0, 0, 0], [0, 1, 1, 1]],
-    ]
+    holes, empty, right = [[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 0, 0, 0], [1, 0, 1, 1]], [[1, 0, 0, 0], [0, 1, 1, 1]]
+    patterns = [None, holes, None, empty, None, right]
     model.train()
-    for step, (mode, mask) in enumerate(zip(modes, masks, strict=True)):
+    for step, (mode, pattern) in enumerate(zip(modes, patterns, strict=True)):
         if step == 2:
             model.eval()
-        mask = None if mask is None else torch.tensor(mask)
+        mask = None if pattern is None else torch.tensor(pattern)
         ids = random_ids(2, 4, seed=step)
         with mode():
             output = model(ids, attention_mask=mask, past_key_values=cache)
