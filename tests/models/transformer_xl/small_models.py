@@ -101,7 +101,7 @@ def log_probs(output: object) -> Tensor:
 
 def assert_rows_equal(output: object, segments: list, mask: Tensor | None = None) -> None:
     """The model's log-probabilities at the tokens (not the pads) are those of each row alone."""
-    for row, (given, segment) in enumerate(zip(log_probs(output), segments, strict=True)):
-        given = given if mask is None else given[mask[row].bool()]
+    for row, (columns, segment) in enumerate(zip(log_probs(output), segments, strict=True)):
+        given = columns if mask is None else columns[mask[row].bool()]
         expected = given[:0] if segment is None else segment.log_probs
         torch.testing.assert_close(given, expected, **EXACT, msg=lambda text, row=row: f"row {row}: {text}")
