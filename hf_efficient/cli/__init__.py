@@ -1,0 +1,1 @@
+"""The `hf-efficient` command line: train, evaluate, generate, convert, demo."""

@@ -1,0 +1,80 @@
+"""`hf-efficient COMMAND ...`, also `python -m hf_efficient.cli COMMAND ...`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import __version__
+from .errors import USER_ERRORS, one_sentence, unknown_name
+
+# Each is a module of this package that holds `COMMAND`; only the one asked for is imported.
+COMMANDS = {
+    "train": "Train a model on your text, or from a recipe.",
+    "evaluate": "Measure a saved model on text: loss, perplexity, bits per byte.",
+    "generate": "Continue a prompt with a saved model.",
+    "convert": "Turn a checkpoint of an earlier release into one that loads here.",
+    "demo": "Train, evaluate, save, reload and generate, in a few minutes on a CPU.",
+}
+
+HELP = """\
+hf-efficient: Transformers with memory, from text to a model that generates.
+
+Usage:
+  hf-efficient COMMAND [RECIPE.yaml] [--flag value ...]
+
+Commands:
+{commands}
+
+Start here:
+  hf-efficient demo                                          see it all work, no download
+  hf-efficient train --text my.txt --output_dir runs/mine    train on your own text
+  hf-efficient generate runs/mine "Once upon a time"         and let it write
+
+`hf-efficient COMMAND --help` explains a command.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns the exit code: 0; 2 for a mistake that the user can mend, with one line on stderr that says how; 130 when
+    interrupted. The environment variable HF_EFFICIENT_TRACEBACK=1 shows where an error came from instead.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.get("HF_EFFICIENT_TRACEBACK") == "1":
+        return run(arguments)
+    try:
+        return run(arguments)
+    except USER_ERRORS as error:
+        print(f"hf-efficient: {one_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-efficient: interrupted.", file=sys.stderr)
+        return 130
+
+
+def run(arguments: list[str]) -> int:
+    """`main` without the translation of errors into messages."""
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(HELP.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())), end="")
+        return 0
+    if name == "--version":
+        print(f"hf-efficient {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS, see="hf-efficient --help")
+
+    from .arguments import CommandParser  # imports transformers: not needed for the help above
+
+    parser = CommandParser(import_module(f".{name}", package=__package__).COMMAND)
+    if {"-h", "--help", "--help-all"} & set(arguments[1:]):
+        print(parser.format_help(everything="--help-all" in arguments), end="")
+        return 0
+    parser.command.run(parser.read(arguments[1:]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

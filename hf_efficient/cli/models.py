@@ -1,0 +1,155 @@
+"""Models as the command line names them: built from settings or loaded from a folder, with every mistake explained."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, fields
+from inspect import getdoc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .. import TransformerXLConfig
+from .errors import USER_ERRORS, CommandError, one_sentence, unknown_name
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One value of `--architecture`.
+
+    starter: settings of a model that a laptop trains in minutes; they stand in for what a user does not give.
+    """
+
+    config_class: type[PreTrainedConfig]
+    starter: dict[str, Any]
+
+
+# A further architecture is a further row.
+ARCHITECTURES = {
+    "transformer_xl": Architecture(
+        TransformerXLConfig,
+        starter={
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+            "mem_len": 128,
+        },
+    )
+}
+
+# Settings that the tokenizer decides. The first may be given, to make room for more ids.
+FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def model_settings(architecture: str) -> dict[str, tuple[str, Any]]:
+    """Meaning and default of each setting that `--model.NAME` may give for `architecture`."""
+    row = ARCHITECTURES[architecture]
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", getdoc(row.config_class), re.MULTILINE))
+    return {
+        field.name: (meanings.get(field.name, ""), row.starter.get(field.name, _default(field)))
+        for field in fields(row.config_class)
+        if field.name not in inherited.union(FROM_TOKENIZER[1:])
+    }
+
+
+def _default(field: Field) -> Any:
+    if field.name in FROM_TOKENIZER:
+        return None
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def build_config(architecture: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of a new model for the ids of `tokenizer`: `settings` over the architecture's starter ones.
+
+    Raises CommandError if a setting is unknown or has an illegal value.
+    """
+    row = ARCHITECTURES[architecture]
+    aliases = row.config_class.attribute_map
+    known = [*model_settings(architecture), *aliases]
+    for name in settings:
+        if name not in known:
+            raise unknown_name(f"setting of the {architecture} model", name, known, "hf-efficient train --help")
+    ids = {name: getattr(tokenizer, name) for name in FROM_TOKENIZER[1:]}
+    named = {aliases.get(name, name): value for name, value in settings.items()}
+    try:
+        config = row.config_class(**{"vocab_size": len(tokenizer)} | row.starter | ids | named)
+    except (*USER_ERRORS, TypeError) as error:
+        raise CommandError(f"model: {one_sentence(error)}") from error
+    if config.vocab_size < len(tokenizer):
+        raise CommandError(
+            f"--model.vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)} ids; leave it out."
+        )
+    return config
+
+
+def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A saved causal language model in evaluation mode, and its tokenizer.
+
+    source: a folder, or a name on the Hub. device: a torch device; None takes the accelerator if there is one.
+    Raises CommandError if there is no such model, its weights are incomplete or broken, or the device is missing.
+    """
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise CommandError(f"--model '{source}' holds no config.json; give a folder that `hf-efficient train` wrote.")
+    if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise CommandError(f"--model '{source}' does not exist; give a folder that `hf-efficient train` wrote.")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # broken files raise whatever their reader raises
+        raise CommandError(f"--model '{source}' cannot be loaded: {one_sentence(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CommandError(
+            f"--model '{source}' lacks {len(missing)} of its weights, such as '{missing[0]}'; save or copy it again."
+        )
+    return model.eval().to(choose_device(device)), tokenizer
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device named, or the accelerator if there is one, or the CPU. Raises CommandError if torch lacks it."""
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # an unknown name, a missing build, a missing card
+        raise CommandError(f"--device '{device}' is not available here; try --device cpu.") from error
+    return torch.device(device)
+
+
+@contextmanager
+def memory_settings(config: PreTrainedConfig, **settings: Any) -> Iterator[None]:
+    """Within the block, the settings that are not None replace those of `config` (`mem_len`, `clamp_len`, ...).
+
+    Raises CommandError if the architecture has no such setting, or refuses the value.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name in settings:
+        if not hasattr(config, name):
+            raise CommandError(f"--{name} means nothing to a {config.model_type} model; leave it out.")
+    before = {name: getattr(config, name) for name in settings}
+    try:
+        _assign(config, settings)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _assign(config: PreTrainedConfig, settings: dict[str, Any]) -> None:
+    try:
+        for name, value in settings.items():
+            setattr(config, name, value)
+        config.validate()
+    except (*USER_ERRORS, TypeError) as error:
+        raise CommandError(one_sentence(error)) from error

@@ -1,0 +1,64 @@
+"""How well a model predicts text when it reads it segment by segment."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data import SegmentCollator, SegmentLanes
+from ..training import bits_per_byte, perplexity
+
+
+@dataclass(frozen=True)
+class Score:
+    """The figures of one pass over a text.
+
+    loss: nats per predicted token. num_tokens, num_bytes: length of the text. seconds: time of the pass.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures by name, ready for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def score_lanes(model: PreTrainedModel, lanes: SegmentLanes, carry_memory: bool = True, progress: str = "") -> Score:
+    """Read `lanes` once, with the memory carried from segment to segment, or with each segment on its own.
+
+    model: in evaluation mode; its configuration says how long the memory is. progress: label of the progress bar; no
+    bar if empty. Every token of a lane but its first is predicted.
+    """
+    batches = DataLoader(lanes, batch_size=lanes.num_lanes, collate_fn=SegmentCollator())
+    cache = model.create_cache() if carry_memory else None
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    start = time.perf_counter()
+    for segments in tqdm(batches, desc=progress, disable=not progress, unit="segment", leave=False):
+        batch = {name: tensor.to(model.device) for name, tensor in segments.items()}
+        reset = batch.pop("reset")
+        if cache is not None:
+            cache.reset_rows(reset)
+        output = model(**batch, past_key_values=cache, use_cache=carry_memory)
+        total += output.losses.sum(dtype=torch.float64)
+    loss = float(total) / lanes.num_predictions
+    seconds = time.perf_counter() - start
+    return Score(
+        loss=loss,
+        perplexity=perplexity(loss),
+        bits_per_byte=bits_per_byte(loss, lanes.num_tokens, lanes.num_bytes),
+        num_tokens=lanes.num_tokens,
+        num_bytes=lanes.num_bytes,
+        seconds=seconds,
+        tokens_per_second=lanes.num_tokens / seconds,
+    )

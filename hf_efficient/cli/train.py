@@ -1,0 +1,349 @@
+"""`hf-efficient train`: from text and settings to a saved model, its figures, its card and its curve."""
+
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..data import SegmentLanes, load_tokenizer, train_tokenizer
+from ..hub import write_model_card
+from ..training import SegmentTrainer, SegmentTrainingArguments, check_run_folder
+from .arguments import Command, Invocation
+from .errors import CommandError
+from .models import ARCHITECTURES, build_config, memory_settings, model_settings
+from .recipes import write_recipe
+from .report import circumstances, plain, read_report, write_report
+from .text import TextOptions, explained
+
+TOKENIZER_KINDS = ("byte", "char", "bpe", "word")
+
+
+@dataclass
+class TrainOptions(TextOptions):
+    """Flags of `hf-efficient train`, beside those of the trainer."""
+
+    validation_text: list[str] | None = field(
+        default=None, metadata={"help": "Text to measure on; without it only python-docs has some"}
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split of the validation text, for sources that have several"}
+    )
+    tokenizer: str = field(
+        default="byte", metadata={"help": "byte, char, bpe or word (made from the text), or a saved tokenizer"}
+    )
+    tokenizer_vocab_size: int | None = field(
+        default=None, metadata={"help": "Size of the vocabulary to make, for bpe and word"}
+    )
+    lowercase: bool = field(default=False, metadata={"help": "Make a tokenizer that lower-cases the text"})
+    architecture: str = field(
+        default="transformer_xl", metadata={"help": "Kind of the model", "choices": list(ARCHITECTURES)}
+    )
+    segment_length: int = field(default=128, metadata={"help": "Tokens that the model reads at a time"})
+    eval_segment_length: int | None = field(
+        default=None, metadata={"help": "The same for validation, if it is to differ"}
+    )
+    eval_mem_len: int | None = field(
+        default=None, metadata={"help": "Memory length for validation, if it is to differ"}
+    )
+    eval_clamp_len: int | None = field(default=None, metadata={"help": "clamp_len for validation, if it is to differ"})
+    eval_same_length: bool | None = field(
+        default=None,
+        metadata={"help": "same_length for validation, if it is to differ", "nargs": "?", "const": True},
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of the run in --output_dir"})
+
+    def __post_init__(self) -> None:
+        for name in ("segment_length", "eval_segment_length", "tokenizer_vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CommandError(f"--{name} {value} must be at least 1.")
+
+
+@dataclass
+class TrainArguments(SegmentTrainingArguments):
+    """The trainer's settings, with defaults for a model that starts from nothing."""
+
+    learning_rate: float = 5e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.02
+    max_grad_norm: float = 0.25
+    save_total_limit: int | None = 2
+    use_cache: bool = True  # the Trainer writes it into the configuration of the saved model
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise CommandError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise CommandError(f"--max_steps {self.max_steps} must be at least 1; leave it out to count epochs.")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise CommandError(f"--num_train_epochs {self.num_train_epochs} must be positive.")
+        if self.learning_rate <= 0:
+            raise CommandError(f"--learning_rate {self.learning_rate} must be positive; try 5e-4.")
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
+        super().__post_init__()
+
+
+class RecipeTrainer(SegmentTrainer):
+    """A `SegmentTrainer` that measures with other memory settings than it trains with, as the paper does."""
+
+    def __init__(self, *args: Any, eval_memory: dict[str, Any], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.eval_memory = eval_memory
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """One pass over the validation text under the memory settings for it."""
+        with memory_settings(self.model.config, **self.eval_memory):
+            return super().evaluation_loop(*args, **kwargs)
+
+
+# The settings of transformers' Trainer that `--help` shows, in the words of this command.
+SHOWN = {
+    "output_dir": "Folder of the run; it is made if it does not exist",
+    "max_steps": "Updates to make; without it --num_train_epochs counts",
+    "num_train_epochs": "Passes over the text",
+    "per_device_train_batch_size": "Lanes that the text is cut into and that are read side by side",
+    "gradient_accumulation_steps": "Segments of each lane that make one update",
+    "learning_rate": "Peak learning rate",
+    "lr_scheduler_type": "Course of the learning rate: cosine, linear, constant and others",
+    "warmup_steps": "Updates until the peak; below 1, a share of all",
+    "weight_decay": "Weight decay of AdamW",
+    "max_grad_norm": "Longer gradients are shortened to this length",
+    "seed": "The same seed on the same machine gives the same model",
+    "bf16": "Compute in bfloat16 where that is safe",
+    "use_cpu": "Use the CPU even if there is an accelerator",
+    "logging_steps": "Updates between two entries of the log",
+    "eval_strategy": "When to measure on the validation text; at the end it is measured anyway",
+    "eval_steps": "Updates between two measurements, for --eval_strategy steps",
+    "per_device_eval_batch_size": "Lanes of the validation text",
+    "save_steps": "Updates between two checkpoints",
+    "save_total_limit": "Checkpoints to keep",
+}
+
+# What makes a run this run and no other, beside text, tokenizer and model. The rest may change when it is resumed.
+IDENTITY = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+)  # fmt: skip
+
+
+def run(invocation: Invocation) -> None:
+    """Train, and say where the result is."""
+    report = train(invocation, command=shlex.join(["hf-efficient", *sys.argv[1:]]))
+    if PartialState().is_main_process:
+        print(summary(report, invocation.options[1].output_dir))
+
+
+def train(invocation: Invocation, command: str) -> dict[str, Any]:
+    """One run, from text to a finished run folder. Returns the content of its report.json.
+
+    A run that is resumed although it is finished is left as it is.
+
+    command: what repeats the run, for the report and the card.
+
+    The folder then holds the model with its tokenizer (AutoModelForCausalLM loads it), report.json, recipe.yaml
+    (the settings, ready to be trained again), README.md (the model card), loss.png, and the checkpoints.
+    Raises CommandError, having written nothing, if anything that was asked for cannot be done.
+    """
+    options, args = invocation.options
+    folder = check_output(args.output_dir, options.resume)
+    set_seed(args.seed)
+    with args.main_process_first(desc="text and tokenizer"):
+        documents = options.read("train")
+        tokenizer = make_tokenizer(options, documents)
+        lanes = options.cut(documents, tokenizer, args.train_batch_size * args.world_size, options.segment_length)
+        validation = cut_validation(options, args, tokenizer)
+    model = make_model(options, invocation.model_settings, tokenizer)
+    with explained("--output_dir"):
+        checkpoint = check_run_folder(folder, identity(options, args, model, lanes))
+    if finished := finished_report(folder, invocation):
+        return finished
+
+    trainer = RecipeTrainer(
+        model,
+        args,
+        eval_memory=eval_memory(options),
+        train_dataset=lanes,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    first_step = 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+    metrics["train_tokens"] += first_step * args.gradient_accumulation_steps * lanes.num_lanes * lanes.segment_length
+    if validation is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_model()
+    report = make_report(trainer, options, metrics) | {"command": command, "settings": recipe_of(invocation)}
+    if trainer.is_world_process_zero():
+        write_run(folder, report)
+    return report
+
+
+def check_output(output_dir: str | None, resume: bool) -> Path:
+    """The run folder. Raises CommandError if it is not free, unless a run is to go on."""
+    if output_dir is None:
+        raise CommandError("--output_dir is missing; name the folder for the run, for example runs/mine.")
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"--output_dir '{folder}' is a file; give the path of a folder.")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise CommandError(
+            f"--output_dir '{folder}' is not empty; add --resume to go on with the run in it, or take another folder."
+        )
+    PartialState().wait_for_everyone()  # no process writes before each has looked
+    return folder
+
+
+def finished_report(folder: Path, invocation: Invocation) -> dict[str, Any] | None:
+    """The report of the folder's run if that is finished, and not to become longer now."""
+    report = read_report(folder)
+    lengths = [(name, invocation.given.get(name)) for name in ("max_steps", "num_train_epochs")]
+    return report if report and all(report["settings"].get(name) == length for name, length in lengths) else None
+
+
+def make_tokenizer(options: TrainOptions, documents: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer that `--tokenizer` asks for, made from the training text or loaded."""
+    with explained("--tokenizer"):
+        if options.tokenizer in TOKENIZER_KINDS:
+            return train_tokenizer(documents, options.tokenizer, options.tokenizer_vocab_size, options.lowercase)
+        return load_tokenizer(options.tokenizer)
+
+
+def cut_validation(
+    options: TrainOptions, args: TrainArguments, tokenizer: PreTrainedTokenizerBase
+) -> SegmentLanes | None:
+    """The validation text as lanes; None if there is none."""
+    source = options.validation_text or (options.text if options.text == ["python-docs"] else None)
+    if source is None:
+        if args.eval_strategy != "no":
+            raise CommandError(
+                f"--eval_strategy {args.eval_strategy} has nothing to measure on; give --validation_text."
+            )
+        return None
+    flag = "--validation_text"
+    return options.cut(
+        options.read_source(flag, source, options.validation_split, "validation"),
+        tokenizer,
+        args.eval_batch_size * args.world_size,
+        options.eval_segment_length or options.segment_length,
+        flag,
+    )
+
+
+def make_model(options: TrainOptions, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with new weights. Settings that were not given are the architecture's starter settings."""
+    config = build_config(options.architecture, settings, tokenizer)
+    with memory_settings(config, **eval_memory(options)):
+        pass  # an illegal value is better refused now than after the training
+    return AutoModelForCausalLM.from_config(config)
+
+
+def eval_memory(options: TrainOptions) -> dict[str, Any]:
+    """Memory settings for validation; None where they are those of training."""
+    return {name: getattr(options, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
+
+
+def identity(
+    options: TrainOptions, args: TrainArguments, model: PreTrainedModel, lanes: SegmentLanes
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: model, text, tokenizer, batches and optimiser."""
+    may_change = {"resume", *(name for name in asdict(options) if name.startswith(("eval_", "validation_")))}
+    return {
+        "options": {name: value for name, value in asdict(options).items() if name not in may_change},
+        "training": {name: getattr(args, name) for name in IDENTITY},
+        "model": model.config.to_diff_dict(),
+        "data": {"train_tokens": lanes.num_tokens, "train_bytes": lanes.num_bytes},
+    }
+
+
+def recipe_of(invocation: Invocation) -> dict[str, Any]:
+    """What was asked for, as a recipe: where the run goes and whether it is resumed are no part of it."""
+    given = {name: value for name, value in invocation.given.items() if name not in ("output_dir", "resume")}
+    return plain(given | {"model": invocation.model_settings})
+
+
+def make_report(trainer: SegmentTrainer, options: TrainOptions, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a finished run, and what they were measured on."""
+    lanes, validation = trainer.train_dataset, trainer.eval_dataset
+    report = {
+        "architecture": options.architecture,
+        "parameters": trainer.model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "train_tokens": metrics["train_tokens"],
+        "train_seconds": metrics["train_runtime"],
+        "tokens_per_second": metrics["train_tokens_per_second"],
+        "peak_memory_mb": metrics["peak_memory_mb"],
+        "data": {"text": options.text, "tokens": lanes.num_tokens, "bytes": lanes.num_bytes},
+        "history": [entry for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()],
+    }
+    if validation is not None:
+        with memory_settings(trainer.model.config, **trainer.eval_memory):
+            names = [name for name in trainer.eval_memory if hasattr(trainer.model.config, name)]
+            memory = {name: getattr(trainer.model.config, name) for name in names}
+        report["validation"] = {
+            "text": options.validation_text or options.text,
+            "tokens": validation.num_tokens,
+            "bytes": validation.num_bytes,
+            "segment_length": validation.segment_length,
+            **memory,
+            **{name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "bits_per_byte")},
+        }
+    return report | circumstances()
+
+
+def write_run(folder: Path, report: dict[str, Any]) -> None:
+    """Everything that a reader of the run folder wants beside the model."""
+    write_report(folder, report)
+    write_recipe(folder, report)
+    logged = any("loss" in entry for entry in report["history"])
+    if logged and find_spec("matplotlib") is not None:
+        from ..plots import plot_loss
+
+        plot_loss(report["history"], folder / "loss.png")
+    write_model_card(folder)
+
+
+def summary(report: dict[str, Any], folder: str) -> str:
+    """What the command prints at its end."""
+    lines = [
+        f"Trained {report['parameters']:,} parameters on {report['train_tokens']:,} tokens in "
+        f"{report['train_seconds']:.0f} s ({report['tokens_per_second']:,.0f} tokens/s, "
+        f"{report['peak_memory_mb']:,.0f} MB)."
+    ]
+    if "validation" in report:
+        figures = report["validation"]
+        lines.append(
+            f"Validation: loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
+            f"{figures['bits_per_byte']:.4f} bits per byte."
+        )
+    lines.append(f"{folder} holds the model, its card (README.md), report.json and the checkpoints. Let it write:")
+    lines.append(f'  hf-efficient generate {folder} "The beginning of a text"')
+    return "\n".join(lines)
+
+
+COMMAND = Command(
+    name="train",
+    description=(
+        "Train a language model with memory on your own text. The settings come from flags, from a YAML recipe, or "
+        "from a recipe with flags that override it."
+    ),
+    usage="hf-efficient train [RECIPE.yaml] --text TEXT --output_dir FOLDER [--flag value ...]",
+    examples="""\
+  hf-efficient train --text my.txt --output_dir runs/mine --max_steps 2000
+  hf-efficient train --text my.txt --output_dir runs/mine --max_steps 2000 --resume
+  hf-efficient train --text books/ --validation_text held_out.txt --tokenizer bpe --output_dir runs/bpe
+  hf-efficient train --text my.txt --output_dir runs/long --segment_length 64 --model.mem_len 512
+  hf-efficient train examples/transformer_xl_enwik8_base.yaml --output_dir runs/enwik8 --max_steps 100""",
+    options=(TrainOptions, TrainArguments),
+    shown=SHOWN,
+    model_settings=lambda: {name: model_settings(name) for name in ARCHITECTURES},
+    run=run,
+)

@@ -1,0 +1,148 @@
+"""A model card from a finished run: every figure in it comes from the run's own report.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TEMPLATE = Path(__file__).parent / "model_card_template.md"
+PICTURES = {
+    "loss.png": "Loss of training and validation against updates",
+    "memory.png": "Bits per byte against memory length",
+}
+# What a report must hold for a card to be written; see `hf-efficient train`.
+REQUIRED = (
+    "architecture",
+    "parameters",
+    "command",
+    "settings",
+    "steps",
+    "train_tokens",
+    "data",
+    "hardware",
+    "versions",
+)
+
+# Paper, year, arXiv number and the tag by which the Hub finds the architecture.
+PAPERS = {
+    "transformer_xl": (
+        "Transformer-XL",
+        "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",
+        "1901.02860",
+    ),
+}
+
+
+def write_model_card(run_folder: str | Path, license: str = "unknown") -> Path:
+    """Write README.md, the model card, into the folder of a finished run and return its path.
+
+    The card holds valid Hub metadata (licence, library, task, tags, and the measured results as a model index), the
+    results with what they were measured on, code that loads the model, settings, hardware, the command that repeats
+    the run, the curves, and the model's limits.
+
+    license: identifier of the Hub's list, such as "apache-2.0"; the licence of a model is its maker's to choose.
+
+    Raises FileNotFoundError if the folder has no report.json, ValueError if that is damaged or of an unfinished run.
+    """
+    folder = Path(run_folder)
+    report = read_finished_report(folder)
+    name, title, arxiv = PAPERS[report["architecture"]]
+    card = ModelCard.from_template(
+        card_data(folder, report, license),
+        template_path=str(TEMPLATE),
+        report=report,
+        architecture=name,
+        paper_title=title,
+        arxiv=arxiv,
+        model_name=folder.resolve().name,
+        results=result_rows(report),
+        settings=settings_rows(report["settings"]),
+        text=describe_text(report["data"]["text"]),
+        pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
+    )
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def read_finished_report(folder: Path) -> dict[str, Any]:
+    """The run's report.json, checked for what a card needs."""
+    path = folder / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run_folder={str(folder)!r} holds no report.json; give a folder of `hf-efficient train`."
+        )
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); run the training again.") from error
+    missing = [name for name in REQUIRED if name not in report]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: the run did not finish; go on with it by --resume.")
+    if report["architecture"] not in PAPERS:
+        raise ValueError(
+            f"architecture={report['architecture']!r} in {path} is unknown; known are {', '.join(PAPERS)}."
+        )
+    return report
+
+
+def card_data(folder: Path, report: dict[str, Any], license: str) -> ModelCardData:
+    """The metadata at the head of the card."""
+    _, _, arxiv = PAPERS[report["architecture"]]
+    return ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_efficient", report["architecture"].replace("_", "-"), "long-context", f"arxiv:{arxiv}"],
+        model_name=folder.resolve().name,
+        eval_results=eval_results(report),
+    )
+
+
+def eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
+    """The validation figures for the model index; None if the run measured none."""
+    figures = report.get("validation")
+    if figures is None:
+        return None
+    text = describe_text(figures["text"])
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Language modelling",
+            dataset_type=text,
+            dataset_name=text,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=label,
+            metric_value=round(figures[metric], 4),
+        )
+        for metric, label in (("perplexity", "Perplexity"), ("bits_per_byte", "Bits per byte"))
+    ]
+
+
+def result_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and figure of each result, for the table in the card."""
+    figures = report.get("validation")
+    if figures is None:
+        return []
+    rows = [
+        ("Loss (nats per token)", f"{figures['loss']:.4f}"),
+        ("Perplexity per token", f"{figures['perplexity']:.2f}"),
+        ("Bits per byte", f"{figures['bits_per_byte']:.4f}"),
+    ]
+    if "bits_per_byte_without_memory" in report:
+        rows.append(("Bits per byte, memory off", f"{report['bits_per_byte_without_memory']:.4f}"))
+    return rows
+
+
+def settings_rows(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Name and value of each setting; those of the model carry the prefix `model.`."""
+    own = [(name, value) for name, value in settings.items() if name != "model"]
+    return own + [(f"model.{name}", value) for name, value in settings.get("model", {}).items()]
+
+
+def describe_text(source: list[str]) -> str:
+    """The name of a text without the folders it lies in, which mean nothing to the reader of a card."""
+    names = [Path(name).name if Path(name).is_absolute() or Path(name).suffix else name for name in source]
+    return ", ".join(names)
