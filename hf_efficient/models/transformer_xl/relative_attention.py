@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .recomputed_attention import recomputed_relative_attention
+
 
 def sinusoid_table(num_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Encodings of the distances `num_rows - 1 ... 0`: all sines, then all cosines (not interleaved).
@@ -106,6 +108,12 @@ def sdpa_relative_attention(
 RELATIVE_ATTENTION_FUNCTIONS = {"eager": eager_relative_attention, "sdpa": sdpa_relative_attention}
 
 
+def _can_recompute(query: Tensor) -> bool:
+    """Whether the form that keeps no scores for the backward pass applies; SDPA's kernels do half precision better."""
+    is_exact = query.dtype.itemsize >= 4
+    return torch.is_grad_enabled() and query.requires_grad and is_exact and query.numel() > 0
+
+
 def relative_attention(
     query: Tensor,
     key: Tensor,
@@ -130,7 +138,8 @@ def relative_attention(
         mask: (B or 1, 1, T, S) bool, True where a query may attend; it must exclude the keys after the query. None is
             allowed for T = 1 only. Each query needs at least one live key.
         dropout: probability of dropping an attention weight; pass 0 outside training.
-        implementation: `"sdpa"` (fused, no weights) or `"eager"` (returns the weights).
+        implementation: `"sdpa"` (fused, no weights; for gradients in float32 see `recomputed_attention.py`) or
+            `"eager"` (returns the weights).
 
     Returns:
         The output (B, H, T, K) and the weights (B, H, T, S) or None. Cost O(B H T S K).
@@ -148,6 +157,9 @@ def relative_attention(
     scaling = query.shape[-1] ** -0.5
     by_content = query + content_bias[:, None].to(query.dtype)
     by_position = (query + position_bias[:, None].to(query.dtype)) * scaling
+    if implementation == "sdpa" and mask is not None and _can_recompute(by_content):
+        operands = (by_content, by_position, key, value, position_key, mask)
+        return recomputed_relative_attention(*operands, scaling=scaling, dropout=dropout), None
     scores = position_scores(by_position, position_key, key.shape[-2])
     attend = RELATIVE_ATTENTION_FUNCTIONS[implementation]
     return attend(by_content, key, value, scores, mask, scaling=scaling, dropout=dropout)

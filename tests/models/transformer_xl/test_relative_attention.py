@@ -79,8 +79,8 @@ def run_optimised(inputs, case, implementation):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_reference_forward_and_every_gradient(case, implementation, monkeypatch):
     if implementation == "sdpa_in_blocks":  # as long segments are computed: a few queries at a time
-        monkeypatch.setattr(recomputed_attention, "BLOCK_SCORES", 1)
-        monkeypatch.setattr(recomputed_attention, "MIN_BLOCK", 2)
+        monkeypatch.setattr(recomputed_attention, "CPU_TILE_SCORES", 1)
+        monkeypatch.setattr(recomputed_attention, "MIN_TILE_QUERIES", 2)
     query_len, memory_len, clamp_len, window, dead = case
     inputs = draw_inputs(query_len, memory_len + query_len)
     num_dead = None if dead is None else torch.tensor(dead)
