@@ -219,7 +219,9 @@ def test_every_package_folder_has_an_init():
 
 def test_tests_mirror_the_package():
     folders = {Path(path).parent.relative_to("tests") for path in FILES if path.startswith("tests/")}
-    own = {folder for folder in folders if folder.parts and folder.parts[0] not in ("contract", "fixtures")}
+    own = {
+        folder for folder in folders if folder.parts and folder.parts[0] not in ("contract", "fixtures", "upstream")
+    }
     beside = {"benchmarks", "examples", "notebooks"}
     strangers = {f for f in own if not (ROOT / PACKAGE / f).is_dir() and f.parts[0] not in beside}
     assert strangers == set()
