@@ -210,13 +210,7 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Spec of the original release: everything N(0, initializer_range) or uniform, LayerNorm around 1."""
         config = self.config
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            self._init_weight(module.weight)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.normal_(module.weight, mean=1.0, std=config.initializer_range)
-            init.zeros_(module.bias)
+        # First what is never tied, so that the numbers drawn for it do not depend on whether the tables are.
         if isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
             for projection in module.projections.values():
                 init.normal_(projection, mean=0.0, std=config.proj_init_std)
@@ -226,6 +220,13 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
         if hasattr(module, "content_bias"):
             self._init_weight(module.content_bias)
             self._init_weight(module.position_bias)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            self._init_weight(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.normal_(module.weight, mean=1.0, std=config.initializer_range)
+            init.zeros_(module.bias)
 
     def _init_weight(self, weight: Tensor) -> None:
         if self.config.init_method == "uniform":

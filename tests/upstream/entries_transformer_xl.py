@@ -1,0 +1,46 @@
+"""Transformer-XL for transformers' own model tests, with one line for every test that is left out.
+
+The harness that runs them outside of transformers' repository takes a file with `ENTRIES`, tuples of
+(model class, configuration, kind, options).
+"""
+
+from hf_efficient import (
+    TransformerXLForCausalLM,
+    TransformerXLForSequenceClassification,
+    TransformerXLForTokenClassification,
+    TransformerXLModel,
+)
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mem_len": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ADAPTIVE = TINY | {"cutoffs": [20, 50], "div_val": 2}
+
+NAMES = "one table of names serves plain and adaptive vocabularies, body and heads; no single model has them all"
+SKIP = {"test_reverse_loading_mapping": NAMES}
+ADAPTIVE_SKIP = {
+    "test_resize_*": "resizing changes the last bin, not one table; tests/models/transformer_xl/test_adaptive_softmax.py",
+    "test_own_deterministic_bf16": "log-probabilities are float32 whatever the weights are: spec, they must sum to one",
+    "test_model_get_set_embeddings": "an adaptive softmax is no nn.Linear that could be exchanged alone",
+}
+
+ENTRIES = [
+    (TransformerXLModel, TINY, "base", {"skip": SKIP}),
+    (TransformerXLForCausalLM, TINY, "causal-lm", {"base_class": TransformerXLModel, "skip": SKIP, "fsdp": True}),
+    (
+        TransformerXLForCausalLM,
+        ADAPTIVE,
+        "causal-lm",
+        {"base_class": TransformerXLModel, "skip": SKIP | ADAPTIVE_SKIP, "name": "AdaptiveForCausalLM"},
+    ),
+    (TransformerXLForSequenceClassification, TINY, "seq-cls", {"base_class": TransformerXLModel, "skip": SKIP}),
+    (TransformerXLForTokenClassification, TINY, "token-cls", {"base_class": TransformerXLModel, "skip": SKIP}),
+]
