@@ -37,7 +37,8 @@ IMPORTED = {
     "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"},
     "transformers.trainer_callback": {"ProgressCallback"},
     "transformers.trainer_utils": {"EvalLoopOutput", "TrainOutput"},
-    "transformers.utils": {"can_return_tuple"},
+    "transformers.utils": {"can_return_tuple", "logging"},
+    "transformers.utils.logging": {"disable_progress_bar"},
 }
 # Private members of a library's class that a class of ours replaces.
 OVERRIDDEN = {
