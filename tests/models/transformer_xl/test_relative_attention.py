@@ -75,7 +75,13 @@ def run_optimised(inputs, case, implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "sdpa_without_gradient", "sdpa_in_blocks"])
+def use_small_tiles(monkeypatch, scores):
+    """Cut the attention of training as a long segment is cut: into heads, and these into a few queries."""
+    monkeypatch.setattr(recomputed_attention, "CPU_TILE_SCORES", scores)
+    monkeypatch.setattr(recomputed_attention, "MIN_TILE_QUERIES", 2)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "sdpa_without_gradient", "sdpa_by_head", "sdpa_by_query"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_reference_forward_and_every_gradient(case, implementation, monkeypatch):
     if implementation == "sdpa_in_blocks":  # as long segments are computed: a few queries at a time
@@ -158,6 +164,40 @@ def test_dropout_drops_probabilities_and_scales_the_rest():
     expected, _ = relative_attention(**arguments)
     assert not torch.equal(outputs[0], outputs[1])
     assert (torch.stack(outputs).mean(0) - expected).abs().max() < 0.12
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "sdpa_in_tiles"])
+def test_gradients_belong_to_the_weights_that_were_dropped(implementation, monkeypatch):
+    """Checked by finite differences with the same seed: the backward pass must know which ones these were."""
+    if implementation == "sdpa_in_tiles":
+        use_small_tiles(monkeypatch, 1)
+    inputs = draw_inputs(3, 5)
+    arguments = {name: inputs[name] for name in ("query", "key", "value", "content_bias", "position_bias")}
+    arguments["position_key"] = torch.randn(HEADS, 4, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    mask = memory_attention_mask(3, 2, torch.tensor([0, 2]), None, CPU)
+
+    def attend(*tensors):
+        torch.manual_seed(3)
+        given = dict(zip(arguments, tensors, strict=True))
+        return relative_attention(**given, mask=mask, dropout=0.5, implementation=implementation.split("_")[0])[0]
+
+    assert not torch.equal(attend(*arguments.values()), relative_attention(**arguments, mask=mask)[0])
+    assert torch.autograd.gradcheck(attend, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_training_keeps_no_scores(dropout):
+    """What is kept for the backward pass grows with T + S, not with T times S."""
+    query_len, key_len = 48, 160
+    inputs = draw_inputs(query_len, key_len, torch.float32)
+    position_key = torch.randn(HEADS, key_len + 1, HEAD_DIM, requires_grad=True)
+    arguments = {name: inputs[name] for name in ("query", "key", "value", "content_bias", "position_bias")}
+    mask = memory_attention_mask(query_len, key_len - query_len, None, None, CPU)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        relative_attention(**arguments, position_key=position_key, mask=mask, dropout=dropout)
+    assert 0 < max(sizes) < BATCH * HEADS * query_len * key_len
+    assert max(sizes) == query_len * key_len  # the mask, one for all heads and rows
 
 
 def test_unknown_implementation_is_refused():
