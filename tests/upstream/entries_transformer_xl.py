@@ -28,7 +28,7 @@ NAMES = "one table of names serves plain and adaptive vocabularies, body and hea
 SKIP = {"test_reverse_loading_mapping": NAMES}
 ADAPTIVE_SKIP = {
     "test_resize_*": "resizing changes the last bin, not one table; tests/models/transformer_xl/test_adaptive_softmax.py",
-    "test_own_deterministic_bf16": "log-probabilities are float32 whatever the weights are: spec, they must sum to one",
+    "test_own_deterministic_bf16": "log-probabilities are float32 always, so that they sum to one",
     "test_model_get_set_embeddings": "an adaptive softmax is no nn.Linear that could be exchanged alone",
 }
 

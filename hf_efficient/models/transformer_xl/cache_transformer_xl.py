@@ -473,7 +473,9 @@ class TransformerXLCache(Cache):
         super().reorder_cache(beam_idx)
         self._map_rows(lambda counts: counts.index_select(0, beam_idx.to(counts.device)))
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, in this order."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""

@@ -483,7 +483,7 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """Refuse ids outside the vocabulary with the argument's name."""
     if not _can_look_at(ids) or ids.numel() == 0:
         return
-    lowest, highest = ids.aminmax()
+    lowest, highest = (int(bound) for bound in ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
             f"{name} holds ids from {lowest} to {highest}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}; "
