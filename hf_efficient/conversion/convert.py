@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,11 +23,13 @@ from ..models.transformer_xl import (
     TransformerXLModel,
     TransformerXLTokenizer,
 )
+from ..models.transformer_xl.checkpoint_names_transformer_xl import to_model_names
 from .legacy_vocabulary import find_vocabulary, load_legacy_tokenizer
 from .original_transformer_xl import read_original_checkpoint
-from .restricted_reader import StoredTensor, read_restricted
-from .verify import Verification, verify_conversion
+from .restricted_reader import is_state_dict, read_restricted
+from .verify import Verification, check_ties, verify_conversion
 
+ORIGINAL_RELEASE = "the original PyTorch release"
 ORIGINAL_CHECKPOINT = "model.pt"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -126,7 +130,7 @@ def convert_checkpoint(
         raise ValueError(f"output={str(output)!r} exists and is not empty; give a new or an empty folder.")
     checkpoint = _read_checkpoint(source, config)
     model = _build_model(checkpoint, source)
-    tokenizer = _read_tokenizer(source, vocabulary)
+    tokenizer = _read_tokenizer(source, vocabulary, checkpoint.release)
     notes = (*checkpoint.notes, *_fit_tokenizer(model, tokenizer))
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +179,7 @@ def _read_checkpoint(source: Path, config: TransformerXLConfig | str | os.PathLi
         config = _read_config(Path(config))
     original = read_original_checkpoint(path, config)
     return Checkpoint(
-        "the original PyTorch release",
+        ORIGINAL_RELEASE,
         TransformerXLForCausalLM,
         original.config,
         original.state_dict,
@@ -221,15 +225,15 @@ def _read_state_dict(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}. Fetch or save it again.") from None
     file = read_restricted(path)
-    if not isinstance(file.root, dict) or not all(isinstance(value, StoredTensor) for value in file.root.values()):
+    if not is_state_dict(file.root):
         raise ValueError(f"{path} is no state dict: it holds something beside tensors. Fetch or save it again.")
     return {name: file.tensor(stored) for name, stored in file.root.items()}
 
 
-def _read_tokenizer(source: Path, vocabulary: str | os.PathLike | None) -> TransformerXLTokenizer | None:
-    if vocabulary is not None:
-        return load_legacy_tokenizer(vocabulary)
-    return load_legacy_tokenizer(source) if source.is_dir() and find_vocabulary(source) else None
+def _read_tokenizer(source: Path, vocabulary: str | os.PathLike | None, release: str) -> TransformerXLTokenizer | None:
+    if vocabulary is None and not (source.is_dir() and find_vocabulary(source)):
+        return None
+    return load_legacy_tokenizer(source if vocabulary is None else vocabulary, release == ORIGINAL_RELEASE)
 
 
 # --- what becomes of it -------------------------------------------------------------------------------------
@@ -237,6 +241,8 @@ def _read_tokenizer(source: Path, vocabulary: str | os.PathLike | None) -> Trans
 
 def _build_model(checkpoint: Checkpoint, source: Path) -> PreTrainedModel:
     """The model with all its weights from the checkpoint, and all the checkpoint's weights in the model."""
+    _check_shapes(checkpoint, source)
+    check_ties(checkpoint.config, checkpoint.state_dict)
     dtypes = {tensor.dtype for tensor in checkpoint.state_dict.values() if tensor.is_floating_point()}
     if len(dtypes) != 1:
         raise ValueError(f"{source} holds weights of {len(dtypes)} floating-point types; convert them to one.")
@@ -245,7 +251,6 @@ def _build_model(checkpoint: Checkpoint, source: Path) -> PreTrainedModel:
         config=checkpoint.config,
         state_dict=checkpoint.state_dict,
         dtype=dtypes.pop(),
-        ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
     complaints = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
@@ -254,6 +259,26 @@ def _build_model(checkpoint: Checkpoint, source: Path) -> PreTrainedModel:
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
+
+
+def _check_shapes(checkpoint: Checkpoint, source: Path) -> None:
+    """Refuse weights of other sizes than the configuration says, before memory is taken for such a model."""
+    found = (re.search(r"\blayers\.(\d+)\.", name) for name in checkpoint.state_dict)
+    num_layers = len({match[1] for match in found if match})
+    config = checkpoint.config
+    if config.num_hidden_layers != num_layers:
+        raise ValueError(
+            f"{source} has {num_layers} layers, and its configuration num_hidden_layers={config.num_hidden_layers}; "
+            "give the files of one checkpoint."
+        )
+    with torch.device("meta"):
+        expected = checkpoint.model_class(config).state_dict()
+    for name, weight in to_model_names(checkpoint.state_dict).items():
+        if name in expected and weight.shape != expected[name].shape:
+            raise ValueError(
+                f"{source}: the weight of {name} has shape {list(weight.shape)}, and its configuration asks for "
+                f"{list(expected[name].shape)}; give the files of one checkpoint."
+            )
 
 
 def _fit_tokenizer(model: PreTrainedModel, tokenizer: TransformerXLTokenizer | None) -> list[str]:
@@ -266,10 +291,11 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer: TransformerXLTokenizer | N
             f"The vocabulary has {tokenizer.vocab_size} words and the model {size}; give the vocabulary that the "
             "model was trained with."
         )
-    if model.config.eos_token_id is None and tokenizer.eos_token_id is not None:
-        model.config.eos_token_id = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
+    if model.config.eos_token_id is None and eos is not None and eos < size:
+        model.config.eos_token_id = eos
         if model.can_generate():
-            model.generation_config.eos_token_id = tokenizer.eos_token_id
+            model.generation_config.eos_token_id = eos
     notes = []
     if tokenizer.vocab_size < size:
         notes.append(f"The vocabulary has {tokenizer.vocab_size} words, fewer than the model's {size}.")

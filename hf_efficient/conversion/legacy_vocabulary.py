@@ -6,7 +6,7 @@ release keeps beside its data.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ def find_vocabulary(folder: str | Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def load_legacy_tokenizer(source: str | Path) -> TransformerXLTokenizer:
+def load_legacy_tokenizer(source: str | Path, original_release: bool = False) -> TransformerXLTokenizer:
     """Tokenizer with the ids of an earlier release.
 
     Args:
         source: A vocabulary file, or a folder with one and, possibly, with tokenizer_config.json,
             special_tokens_map.json and added_tokens.json of transformers 4.
+        original_release: Whether a vocab.txt, which does not tell, is one of the original release.
 
     Raises:
         FileNotFoundError: there is no vocabulary.
@@ -59,6 +60,8 @@ def load_legacy_tokenizer(source: str | Path) -> TransformerXLTokenizer:
     if file is None:
         raise FileNotFoundError(f"{source} holds no vocabulary; it needs one of {', '.join(VOCABULARY_FILES)}.")
     vocabulary = read_vocabulary(file)
+    if original_release and file.suffix == ".txt":
+        vocabulary = replace(vocabulary, original={"lower_case": False, "splitting": "whitespace"})
     if vocabulary.original is not None:
         return _original_tokenizer(vocabulary)
     arguments = {"vocab": vocabulary.symbols, "unknown_symbol": vocabulary.unknown_symbol}

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..models.transformer_xl import TransformerXLConfig
 from .restricted_pickle import InertRecord
-from .restricted_reader import RestrictedFile, StoredTensor, read_restricted
+from .restricted_reader import RestrictedFile, StoredTensor, is_state_dict, read_restricted
 
 MODULE_NAME = "MemTransformerLM"
 
@@ -67,7 +68,7 @@ def read_original_checkpoint(path: str | Path, config: TransformerXLConfig | Non
         if config is not None:
             raise ValueError(f"{path} holds its own hyper-parameters; leave config out.")
         return _read_module(file)
-    if isinstance(root, dict) and root and all(isinstance(value, StoredTensor) for value in root.values()):
+    if is_state_dict(root):
         if config is None:
             raise ValueError(
                 f"{path} holds weights only, and mem_len, clamp_len or the number of heads cannot be told from them; "
@@ -83,7 +84,10 @@ def read_original_checkpoint(path: str | Path, config: TransformerXLConfig | Non
 def _read_module(file: RestrictedFile) -> OriginalCheckpoint:
     modules, tensors = _walk(file)
     # Built before anything is read, so that an attention of another kind is refused by its name.
-    config = TransformerXLConfig(**_hyperparameters(file.path, modules, tensors))
+    try:
+        config = TransformerXLConfig(**_hyperparameters(file.path, modules, tensors))
+    except StrictDataclassError as error:
+        raise _unusable(file.path, str(error)) from None
     notes = []
     ext_len = modules[""].get("ext_len")
     if isinstance(ext_len, int) and ext_len > 0:

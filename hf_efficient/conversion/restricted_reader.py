@@ -121,6 +121,13 @@ def read_restricted(path: str | Path) -> RestrictedFile:
         raise _damaged(path, error) from None
 
 
+def is_state_dict(root: Any) -> bool:
+    """Whether what a file holds is tensors by name, and at least one."""
+    if not isinstance(root, dict) or not root:
+        return False
+    return all(isinstance(name, str) and isinstance(value, StoredTensor) for name, value in root.items())
+
+
 def _damaged(path: Path, reason: MalformedPickle) -> ValueError:
     return ValueError(
         f"{path} cannot be read: {reason}. The file is truncated, was changed, or is neither a pickle nor a "

@@ -43,15 +43,9 @@ def verify_conversion(model: PreTrainedModel, state_dict: dict[str, Tensor], fol
     source = _without_prefix(state_dict)
     repeats = repeated_weights(model.config)
     for name, tensor in source.items():
-        origin = repeats.get(name, name)
-        counterparts = [weights[key] for weights in (source, written) for key in (name, origin) if key in weights]
-        if not any(key in written for key in (name, origin)):
-            raise ValueError(f"{name} of the source was not written to {folder}; report this.")
-        if not all(torch.equal(counterpart, tensor) for counterpart in counterparts):
-            raise ValueError(
-                f"{name} of the source is not {origin} of the converted model; either the checkpoint contradicts its "
-                "configuration (tie_word_embeddings, tie_projs or untie_r), correct that, or report this."
-            )
+        counterpart = written.get(name, written.get(repeats.get(name)))
+        if counterpart is None or not torch.equal(counterpart, tensor):
+            raise ValueError(f"{name} of the source is not what was written to {folder}; report this.")
     missing = written.keys() - source.keys() - {repeats.get(name) for name in source}
     if missing:
         raise ValueError(f"The source lacks {', '.join(sorted(missing))}; give a complete checkpoint.")
@@ -59,6 +53,21 @@ def verify_conversion(model: PreTrainedModel, state_dict: dict[str, Tensor], fol
     if difference != 0.0:
         raise ValueError(f"The model written to {folder} gives other outputs, by {difference}; report this.")
     return Verification(len(state_dict), difference)
+
+
+def check_ties(config: TransformerXLConfig, state_dict: dict[str, Tensor]) -> None:
+    """Refuse weights, under their names on disk, that should be equal by the configuration and are not.
+
+    Raises:
+        ValueError: the two weights by name, and the settings that tie them.
+    """
+    weights = _without_prefix(state_dict)
+    for name, origin in repeated_weights(config).items():
+        if name in weights and origin in weights and not torch.equal(weights[name], weights[origin]):
+            raise ValueError(
+                f"{name} differs from {origin}, and the checkpoint's configuration says that they are one "
+                "(tie_word_embeddings, tie_projs or untie_r); correct it in config.json."
+            )
 
 
 def repeated_weights(config: TransformerXLConfig) -> dict[str, str]:

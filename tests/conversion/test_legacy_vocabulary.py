@@ -143,6 +143,14 @@ def test_corpus_without_special_words(tmp_path):
     assert tokenizer("104 32")["input_ids"] == [1, 0]
 
 
+def test_text_file_of_lm1b(tmp_path):
+    path = tmp_path / "1b_word_vocab.txt"
+    path.write_text("<S> 9\n<UNK> 7\nthe 6\ncat. 5\n")
+    tokenizer = load_legacy_tokenizer(path, original_release=True)
+    assert tokenizer("the cat. dog")["input_ids"] == [2, 3, 1]
+    assert (tokenizer.all_special_tokens, len(tokenizer)) == (["<S>", "<UNK>"], 4)
+
+
 def test_corpus_of_characters(tmp_path):
     save_corpus(tmp_path, words=["a", "b"], delimiter="")
     assert load_legacy_tokenizer(tmp_path)("bab")["input_ids"] == [1, 0, 1]

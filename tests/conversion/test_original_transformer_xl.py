@@ -110,6 +110,10 @@ def test_ties_are_told_by_shared_memory(edited):
             lambda root: untie(child(root, "crit.out_layers.2"), "weight"),
             "some tables of its softmax are tied",
         ),
+        (
+            lambda root: child(root, "word_emb").fields.update(cutoffs=["a", 24, 45, 70]),
+            "is no MemTransformerLM of the original release.*cutoffs",
+        ),
         (lambda root: root.fields.update(sample_softmax=100), "sample_softmax=100 is not supported"),
         (lambda root: root.fields.update(attn_type=1), r"attn_type=1 \(Shaw"),
         (lambda root: root.fields.update(n_layer=0), "num_hidden_layers=0 is not positive"),

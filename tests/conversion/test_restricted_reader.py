@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_efficient.conversion.restricted_pickle import InertRecord
-from hf_efficient.conversion.restricted_reader import LEGACY_MAGIC, StoredTensor, read_restricted
+from hf_efficient.conversion.restricted_reader import LEGACY_MAGIC, StoredTensor, is_state_dict, read_restricted
 
 CONTAINERS = {"zip": True, "legacy": False}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -67,6 +67,20 @@ def test_module_is_read_without_its_class(tmp_path, container):
     assert linear.class_name == "torch.nn.modules.linear.Linear"
     assert linear.fields["in_features"] == 2
     assert torch.equal(file.tensor(linear.fields["_parameters"]["weight"]), module[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"a": torch.zeros(1)}, True),
+        ({}, False),
+        ([torch.zeros(1)], False),
+        ({"a": torch.zeros(1), "b": 1}, False),
+        ({1: torch.zeros(1)}, False),
+    ],
+)
+def test_state_dicts_are_told_from_other_things(tmp_path, content, expected):
+    assert is_state_dict(read_restricted(save(content, tmp_path / "file", "zip")).root) is expected
 
 
 def test_plain_pickle(tmp_path):
