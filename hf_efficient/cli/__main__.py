@@ -66,8 +66,13 @@ def run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS, see="hf-efficient --help")
 
-    from .arguments import CommandParser  # imports transformers: not needed for the help above
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
 
+    from .arguments import CommandParser
+
+    disable_progress_bar()  # of weights that take a second to load; Trainer's own bar stays
+    enable_progress_bars()  # of downloads, which the line above turns off too
     parser = CommandParser(import_module(f".{name}", package=__package__).COMMAND)
     if {"-h", "--help", "--help-all"} & set(arguments[1:]):
         print(parser.format_help(everything="--help-all" in arguments), end="")

@@ -85,7 +85,7 @@ def run(invocation: Invocation) -> None:
 
 
 def clear_earlier_demo(folder: Path) -> None:
-    """Make room for the demo. Raises CommandError, having removed nothing, if the folder holds anything of another origin."""
+    """Make room for the demo. Raises CommandError, having removed nothing, if the folder holds anything else."""
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"--output '{folder}' is a file; give the path of a folder.")
     present = list(folder.iterdir()) if folder.is_dir() else []
@@ -128,19 +128,22 @@ def write_sample(folder: Path, seed: int) -> str:
 def summary(report: dict[str, Any], folder: Path) -> str:
     """What the demo prints at its end."""
     with_memory, without = report["bits_per_byte_with_memory"], report["bits_per_byte_without_memory"]
-    return f"""\
-Bits per byte of held-out text: {with_memory:.3f} with memory, {without:.3f} without ({without - with_memory:.3f} saved).
-{report["train_tokens"]:,} tokens in {report["train_seconds"]:.0f} s, {report["tokens_per_second"]:,.0f} tokens/s, \
-{report["peak_memory_mb"]:,.0f} MB.
-{folder}: the model, README.md (its card), report.json, loss.png, memory.png. Try it:
-  hf-efficient generate {folder} "A class definition\""""
+    return "\n".join(
+        [
+            f"Bits per byte of held-out text: {with_memory:.3f} with memory, {without:.3f} without.",
+            f"{report['train_tokens']:,} tokens in {report['train_seconds']:.0f} s "
+            f"({report['tokens_per_second']:,.0f} tokens/s, {report['peak_memory_mb']:,.0f} MB).",
+            f"{folder} holds the model, its card (README.md), report.json, loss.png and memory.png. Try it:",
+            f'  hf-efficient generate {folder} "A class definition"',
+        ]
+    )
 
 
 COMMAND = Command(
     name="demo",
     description=(
-        "Train a small Transformer-XL on the Python language reference, measure it with and without memory, save it, load "
-        "it in a new process and let it write. Two CPU cores need less than three minutes; nothing is downloaded."
+        "Train a small Transformer-XL on the Python language reference, measure it with and without memory, save it, "
+        "load it in a new process and let it write. Two CPU cores need less than three minutes; nothing is downloaded."
     ),
     usage="hf-efficient demo [--output FOLDER] [--flag value ...]",
     examples="""\

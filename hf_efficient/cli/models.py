@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .. import TransformerXLConfig
 from .errors import USER_ERRORS, CommandError, one_sentence, unknown_name
@@ -81,15 +82,15 @@ def build_config(architecture: str, settings: dict[str, Any], tokenizer: PreTrai
             raise unknown_name(f"setting of the {architecture} model", name, known, "hf-efficient train --help")
     ids = {name: getattr(tokenizer, name) for name in FROM_TOKENIZER[1:]}
     named = {aliases.get(name, name): value for name, value in settings.items()}
+    vocab_size = named.setdefault("vocab_size", len(tokenizer))
+    if isinstance(vocab_size, int) and vocab_size < len(tokenizer):
+        raise CommandError(
+            f"--model.vocab_size {vocab_size} is less than the tokenizer's {len(tokenizer)} ids; leave it out."
+        )
     try:
-        config = row.config_class(**{"vocab_size": len(tokenizer)} | row.starter | ids | named)
+        return row.config_class(**row.starter | ids | named)
     except (*USER_ERRORS, TypeError) as error:
         raise CommandError(f"model: {one_sentence(error)}") from error
-    if config.vocab_size < len(tokenizer):
-        raise CommandError(
-            f"--model.vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)} ids; leave it out."
-        )
-    return config
 
 
 def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -104,7 +105,8 @@ def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTra
     if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise CommandError(f"--model '{source}' does not exist; give a folder that `hf-efficient train` wrote.")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+        with quiet():  # what is wrong is said below
+            model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # broken files raise whatever their reader raises
         raise CommandError(f"--model '{source}' cannot be loaded: {one_sentence(error)}") from error
@@ -114,6 +116,17 @@ def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTra
             f"--model '{source}' lacks {len(missing)} of its weights, such as '{missing[0]}'; save or copy it again."
         )
     return model.eval().to(choose_device(device)), tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of transformers within the block."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def choose_device(device: str | None) -> torch.device:

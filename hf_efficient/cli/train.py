@@ -70,6 +70,7 @@ class TrainOptions(TextOptions):
 class TrainArguments(SegmentTrainingArguments):
     """The trainer's settings, with defaults for a model that starts from nothing."""
 
+    output_dir: str | None = None
     learning_rate: float = 5e-4
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.02
@@ -78,6 +79,8 @@ class TrainArguments(SegmentTrainingArguments):
     use_cache: bool = True  # the Trainer writes it into the configuration of the saved model
 
     def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise CommandError("--output_dir is missing; name the folder for the run, for example runs/mine.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise CommandError(f"--{name} {getattr(self, name)} must be at least 1.")
@@ -187,10 +190,8 @@ def train(invocation: Invocation, command: str) -> dict[str, Any]:
     return report
 
 
-def check_output(output_dir: str | None, resume: bool) -> Path:
+def check_output(output_dir: str, resume: bool) -> Path:
     """The run folder. Raises CommandError if it is not free, unless a run is to go on."""
-    if output_dir is None:
-        raise CommandError("--output_dir is missing; name the folder for the run, for example runs/mine.")
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"--output_dir '{folder}' is a file; give the path of a folder.")
@@ -225,7 +226,7 @@ def cut_validation(
     if source is None:
         if args.eval_strategy != "no":
             raise CommandError(
-                f"--eval_strategy {args.eval_strategy} has nothing to measure on; give --validation_text."
+                f"--eval_strategy {args.eval_strategy.value} has nothing to measure on; give --validation_text."
             )
         return None
     flag = "--validation_text"
@@ -256,12 +257,10 @@ def identity(
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed: model, text, tokenizer, batches and optimiser."""
     may_change = {"resume", *(name for name in asdict(options) if name.startswith(("eval_", "validation_")))}
-    return {
-        "options": {name: value for name, value in asdict(options).items() if name not in may_change},
-        "training": {name: getattr(args, name) for name in IDENTITY},
-        "model": model.config.to_diff_dict(),
-        "data": {"train_tokens": lanes.num_tokens, "train_bytes": lanes.num_bytes},
-    }
+    own = {name: value for name, value in asdict(options).items() if name not in may_change}
+    training = {name: getattr(args, name) for name in IDENTITY}
+    config = {f"model.{name}": value for name, value in model.config.to_diff_dict().items()}
+    return plain(own | training | config | {"train_tokens": lanes.num_tokens, "train_bytes": lanes.num_bytes})
 
 
 def recipe_of(invocation: Invocation) -> dict[str, Any]:

@@ -136,10 +136,12 @@ def result_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def settings_rows(settings: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Name and value of each setting; those of the model carry the prefix `model.`."""
-    own = [(name, value) for name, value in settings.items() if name != "model"]
-    return own + [(f"model.{name}", value) for name, value in settings.get("model", {}).items()]
+def settings_rows(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each setting, ready for a table; those of the model carry the prefix `model.`."""
+    flat = {name: value for name, value in settings.items() if name != "model"}
+    flat |= {f"model.{name}": value for name, value in settings.get("model", {}).items()}
+    flat |= {name: describe_text(flat[name]) for name in ("text", "validation_text") if name in flat}
+    return [(name, str(value).replace("|", "\\|")) for name, value in flat.items()]
 
 
 def describe_text(source: list[str]) -> str:

@@ -1,0 +1,136 @@
+"""Cards hold what was measured, in metadata that the Hub accepts."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_efficient.hub import write_model_card
+from hf_efficient.hub.model_card import describe_text
+
+REPORT = {
+    "architecture": "transformer_xl",
+    "parameters": 1_234_567,
+    "command": "hf-efficient train --text my.txt --output_dir runs/mine",
+    "settings": {"text": ["/home/me/my.txt"], "max_steps": 10, "model": {"mem_len": 32}},
+    "steps": 10,
+    "train_tokens": 5120,
+    "train_seconds": 12.3,
+    "tokens_per_second": 416.3,
+    "peak_memory_mb": 612.4,
+    "data": {"text": ["/home/me/my.txt"], "tokens": 2000, "bytes": 4000},
+    "validation": {
+        "text": ["held_out.txt"],
+        "tokens": 500,
+        "bytes": 1000,
+        "segment_length": 16,
+        "mem_len": 32,
+        "loss": 2.5,
+        "perplexity": 12.18249,
+        "bits_per_byte": 1.80337,
+    },
+    "hardware": "A processor, 2 threads",
+    "versions": {"python": "3.11", "hf_efficient": "0.1.0"},
+    "date": "2026-01-02",
+}
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    write_report(folder, REPORT)
+    return folder
+
+
+def write_report(folder, report):
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def test_metadata_is_what_the_hub_expects(run_folder):
+    path = write_model_card(run_folder, license="mit")
+    assert path == run_folder / "README.md"
+    card = ModelCard.load(path)
+    data = card.data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "text-generation")
+    assert {"transformer-xl", "arxiv:1901.02860"} <= set(data.tags)
+    assert data.model_name == "my-model"
+    results = {result.metric_type: result for result in data.eval_results}
+    assert results["perplexity"].metric_value == 12.1825
+    assert results["bits_per_byte"].metric_value == 1.8034
+    assert {result.dataset_name for result in results.values()} == {"held_out.txt"}
+    header = yaml.safe_load(path.read_text("utf-8").split("---")[1])
+    assert header["model-index"][0]["name"] == "my-model"
+
+
+def test_text_holds_results_settings_command_and_limits(run_folder):
+    text = write_model_card(run_folder).read_text("utf-8")
+    for part in (
+        "1,234,567 parameters",
+        "| Bits per byte | 1.8034 |",
+        "| Perplexity per token | 12.18 |",
+        "with a memory of 32",
+        "| `model.mem_len` | 32 |",
+        "A processor, 2 threads",
+        REPORT["command"],
+        "AutoModelForCausalLM.from_pretrained",
+        "## Limits",
+    ):
+        assert part in text, part
+    assert "/home/me" not in text.split("```bash")[0]
+    assert ".png" not in text
+    assert "{{" not in text
+    assert "{%" not in text
+
+
+def test_pictures_sample_and_memory_results_when_there_are_any(run_folder):
+    (run_folder / "loss.png").touch()
+    (run_folder / "memory.png").touch()
+    write_report(run_folder, REPORT | {"bits_per_byte_without_memory": 2.25, "sample": "The\n```\nend"})
+    text = write_model_card(run_folder).read_text("utf-8")
+    assert "](loss.png)" in text
+    assert "](memory.png)" in text
+    assert "| Bits per byte, memory off | 2.2500 |" in text
+    assert "````text\nThe\n```\nend\n````" in text
+
+
+def test_run_without_validation(run_folder):
+    write_report(run_folder, {name: value for name, value in REPORT.items() if name != "validation"})
+    path = write_model_card(run_folder)
+    assert "no validation text" in path.read_text("utf-8")
+    assert ModelCard.load(path).data.eval_results is None
+
+
+def test_settings_that_would_break_the_table(run_folder):
+    write_report(run_folder, REPORT | {"settings": {"text": ["a|b.txt"], "lr_scheduler_kwargs": {"a": 1}}})
+    assert "a\\|b.txt" in write_model_card(run_folder).read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        (None, FileNotFoundError, "holds no report.json"),
+        ("{", ValueError, "is no JSON"),
+        ('{"architecture": "transformer_xl"}', ValueError, "did not finish"),
+        (json.dumps(REPORT | {"architecture": "lstm"}), ValueError, "lstm"),
+    ],
+)
+def test_unfinished_or_damaged_run(tmp_path, content, error, words):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content, encoding="utf-8")
+    with pytest.raises(error, match=words):
+        write_model_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (["python-docs"], "python-docs"),
+        (["/home/me/books/a.txt", "b/c.txt"], "a.txt, c.txt"),
+        (["Salesforce/wikitext"], "Salesforce/wikitext"),
+    ],
+)
+def test_describe_text(source, name):
+    assert describe_text(source) == name

@@ -1,0 +1,106 @@
+"""Every recipe in examples/ is a legal training of the published size, and every command in it parses."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_efficient.cli.__main__ import main
+from hf_efficient.cli.arguments import CommandParser
+from hf_efficient.cli.models import build_config
+from hf_efficient.cli.recipes import read_recipe
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+# Parameters in millions (paper, tables 1, 2, 3 and 5).
+PUBLISHED_SIZES = {
+    "transformer_xl_enwik8_base": 41,
+    "transformer_xl_enwik8_large": 277,
+    "transformer_xl_text8_large": 277,
+    "transformer_xl_wikitext103_base": 151,
+    "transformer_xl_wikitext103_large": 285,  # the paper says 257, but its own script's sizes and vocabulary give 285
+    "transformer_xl_ptb": 24,
+}
+VOCABULARIES = {"enwik8": 204, "text8": 27, "wikitext103": 267_735, "ptb": 10_000}
+
+
+class Vocabulary:
+    """As much of a tokenizer as a configuration needs."""
+
+    bos_token_id, eos_token_id, pad_token_id = None, 0, 1
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+
+def parse(arguments):
+    command = import_module(f"hf_efficient.cli.{arguments[0]}").COMMAND
+    return CommandParser(command).read(arguments[1:])
+
+
+def commands_in(text):
+    """The `hf-efficient` command lines in a recipe's comments or a page's code blocks, line continuations joined."""
+    text = re.sub(r"\\\n#?\s*", "", text)
+    return [
+        shlex.split(line, comments=True)[1:] for line in re.findall(r"^#?\s*(hf-efficient .*)$", text, re.MULTILINE)
+    ]
+
+
+def config_of(path, vocab_size):
+    invocation = parse(["train", str(path), "--text", "any.txt", "--output_dir", "runs/test"])
+    options, _ = invocation.options
+    return build_config(options.architecture, invocation.model_settings, Vocabulary(vocab_size))
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} > set(PUBLISHED_SIZES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_a_legal_training(path):
+    config = config_of(path, 300_000)
+    for name, value in read_recipe(path)["model"].items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(("name", "millions"), PUBLISHED_SIZES.items())
+def test_recipe_has_the_published_size(name, millions):
+    corpus = name.split("_")[2]
+    config = config_of(EXAMPLES / f"{name}.yaml", VOCABULARIES[corpus])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize("path", [*RECIPES, EXAMPLES / "README.md"], ids=lambda path: path.name)
+def test_commands_in_comments_parse(path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    commands = commands_in(path.read_text("utf-8"))
+    assert commands
+    for arguments in commands:
+        parse(arguments)
+
+
+def test_values_of_published_recipes_name_their_source():
+    for path in RECIPES:
+        if "authors' release" not in path.read_text("utf-8"):
+            continue
+        settings = re.findall(r"^ *[a-z]\w*: .+$", path.read_text("utf-8"), re.MULTILINE)
+        own = ("architecture", "weight_decay", "save_steps", "eval_strategy")
+        assert [line for line in settings if "#" not in line and not line.startswith(own)] == []
+
+
+def test_quick_recipe_runs_on_a_text_of_ones_own(tmp_path):
+    text = tmp_path / "my.txt"
+    text.write_text("A sentence that a model can learn by heart.\n" * 300, encoding="utf-8")
+    small = ["--max_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true", "--use_cpu"]
+    recipe, folder = str(EXAMPLES / "quick_cpu.yaml"), tmp_path / "run"
+    assert main(["train", recipe, "--text", str(text), "--output_dir", str(folder), *small]) == 0
+    assert (folder / "model.safetensors").is_file()
