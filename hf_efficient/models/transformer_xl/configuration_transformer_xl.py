@@ -32,6 +32,9 @@ LEGACY_DEFAULTS = {
     "eos_token_id": 0,
 }
 
+# Settings of older releases with no counterpart, at the value that turns them off.
+UNSUPPORTED = {"attn_type": 0, "sample_softmax": -1, "ext_len": 0}
+
 # Settings of older releases that never changed what the model computes; they are read and dropped.
 LEGACY_INERT = ("adaptive", "tgt_len", "trainer_compatible", "max_position_embeddings")
 
@@ -128,10 +131,13 @@ class TransformerXLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TransformerXLConfig":
-        """Build from a config.json's content. One without `memory_init` is a legacy one and gets legacy defaults."""
+        """Build from a config.json's content and overrides. One without `memory_init` gets legacy defaults."""
+        settings = {*cls.__dataclass_fields__, *cls.attribute_map, *UNSUPPORTED}
+        overrides = {cls.attribute_map.get(key, key): kwargs.pop(key) for key in list(kwargs) if key in settings}
+        config_dict = _under_todays_names(config_dict, cls.attribute_map)
         if "memory_init" not in config_dict:
-            config_dict = _translate_legacy(config_dict, cls.attribute_map)
-        return super().from_dict(config_dict, **kwargs)
+            config_dict = _with_legacy_defaults(config_dict)
+        return super().from_dict(config_dict | overrides, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_unsupported(kwargs)
@@ -234,29 +240,37 @@ class TransformerXLConfig(PreTrainedConfig):
             )
 
 
-def _translate_legacy(config_dict: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
-    """A copy of a transformers-4 config.json under today's names, absent keys filled with that release's defaults."""
-    translated = {aliases.get(key, key): value for key, value in config_dict.items()}
-    for name, value in LEGACY_DEFAULTS.items():
-        translated.setdefault(name, value)
-    translated["memory_init"] = "zeros"
-    for name in ("bos_token_id", "pad_token_id"):
+def _under_todays_names(config_dict: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+    """A copy with every older name replaced."""
+    renamed = {}
+    for key, value in config_dict.items():
+        name = aliases.get(key, key)
+        if renamed.setdefault(name, value) != value:
+            other = next(old for old in config_dict if old != key and aliases.get(old, old) == name)
+            raise ValueError(f"{other}={renamed[name]!r} and {key}={value!r} disagree, and are one setting; keep one.")
+    return renamed
+
+
+def _with_legacy_defaults(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A transformers-4 config.json with absent keys filled with that release's defaults."""
+    filled = LEGACY_DEFAULTS | config_dict | {"memory_init": "zeros"}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # Some old files say -1 for "none".
-        if translated.get(name) == -1:
-            translated[name] = None
-    return translated
+        if filled.get(name) == -1:
+            filled[name] = None
+    return filled
 
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
     """Take legacy settings with no counterpart out of `kwargs`; their off values pass, others are refused by name."""
-    attn_type = kwargs.pop("attn_type", 0)
+    attn_type = kwargs.get("attn_type", 0)
     if attn_type != 0:
         kind = ATTENTION_TYPES.get(attn_type, "unknown")
         raise ValueError(
             f"attn_type={attn_type} ({kind}) is not supported; only attn_type=0, the relative attention of the "
             "Transformer-XL paper, is. Checkpoints of another type cannot be converted."
         )
-    for name, off in (("sample_softmax", -1), ("ext_len", 0)):
+    for name, off in UNSUPPORTED.items():
         value = kwargs.pop(name, off)
         if value is not None and value > 0:
             raise ValueError(f"{name}={value} is not supported; set {name}={off} or leave it out.")

@@ -285,6 +285,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__(config)
+        # Settings may have been changed since the configuration was built.
+        config.validate_architecture()
         if config.is_adaptive:
             self.embed_tokens = AdaptiveEmbedding(config)
         else:

@@ -108,10 +108,14 @@ def sdpa_relative_attention(
 RELATIVE_ATTENTION_FUNCTIONS = {"eager": eager_relative_attention, "sdpa": sdpa_relative_attention}
 
 
-def _can_recompute(query: Tensor) -> bool:
-    """Whether the form that keeps no scores for the backward pass applies; SDPA's kernels do half precision better."""
-    is_exact = query.dtype.itemsize >= 4
-    return torch.is_grad_enabled() and query.requires_grad and is_exact and query.numel() > 0
+def _can_recompute(query: Tensor, dropout: float) -> bool:
+    """Whether the form that keeps no scores for the backward pass applies.
+
+    SDPA's kernels do half precision better. Dropped weights must not depend on whether gradients are on, or activation
+    checkpointing would drop others when it runs a layer again.
+    """
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    return (needs_grad or dropout > 0) and query.dtype.itemsize >= 4 and query.numel() > 0
 
 
 def relative_attention(
@@ -157,7 +161,7 @@ def relative_attention(
     scaling = query.shape[-1] ** -0.5
     by_content = query + content_bias[:, None].to(query.dtype)
     by_position = (query + position_bias[:, None].to(query.dtype)) * scaling
-    if implementation == "sdpa" and mask is not None and _can_recompute(by_content):
+    if implementation == "sdpa" and mask is not None and _can_recompute(by_content, dropout):
         operands = (by_content, by_position, key, value, position_key, mask)
         return recomputed_relative_attention(*operands, scaling=scaling, dropout=dropout), None
     scores = position_scores(by_position, position_key, key.shape[-2])
