@@ -49,15 +49,18 @@ def plot_memory(curve: Iterable[Mapping[str, Any]], path: str | Path, trained_me
     places = range(len(points))
     axes.plot(places, bits, color=BLUE, marker="o", markersize=6, linewidth=1.8)
     axes.set_xticks(places, ["none" if length == 0 else str(length) for length in lengths])
-    axes.margins(x=0.05, y=0.18)
+    axes.margins(x=0.08, y=0.18)
+    label = {
+        "textcoords": "offset points",
+        "color": GREY,
+        "size": 9,
+        "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
+    }
     for place, value in zip(places, bits, strict=True):
-        axes.annotate(
-            f"{value:.3f}", (place, value), (0, 9), textcoords="offset points", ha="center", color=GREY, size=9
-        )
+        axes.annotate(f"{value:.3f}", (place, value), (9, 9), **label)
     if trained_mem_len in lengths:
-        axes.axvline(
-            lengths.index(trained_mem_len), color=ORANGE, linewidth=1.2, linestyle="--", label="memory in training"
-        )
+        place = lengths.index(trained_mem_len)
+        axes.plot(place, bits[place], "o", color=ORANGE, markersize=9, label="memory in training", zorder=3)
         axes.legend(frameon=False)
     figure.savefig(path)
 
