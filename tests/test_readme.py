@@ -85,9 +85,10 @@ def test_make_target_is_there(line):
 
 
 @pytest.mark.parametrize("line", lines_with("hf-efficient "))
-def test_command_line_is_understood(line):
+def test_command_line_is_understood(line, monkeypatch):
     from hf_efficient.cli.arguments import CommandParser
 
+    monkeypatch.chdir(ROOT)
     _, name, *arguments = shlex.split(line)
     CommandParser(import_module(f"hf_efficient.cli.{name}").COMMAND).read(arguments)
 
