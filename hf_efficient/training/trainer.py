@@ -1,0 +1,276 @@
+"""Trainer that carries a model's memory from segment to segment."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from ..data import SegmentCollator
+from .arguments import SegmentTrainingArguments
+from .callbacks import LiveFiguresCallback
+from .metrics import LossTotals, TokenMeter, bits_per_byte, peak_memory_mb, perplexity
+from .run_folder import last_checkpoint
+
+
+class SegmentTrainer(Trainer):
+    """`Trainer` for models with segment memory: what a segment leaves in `past_key_values`, the next one attends to.
+
+    The datasets come from `hf_efficient.data.segment_lanes`: row b of every batch continues row b of the batch before,
+    in each process its own rows. Memory moves on with every batch, also inside an accumulated update; rows start anew
+    where a batch's column `reset` says so (lane starts, and document starts if the dataset marks them). Gradients stop
+    at the segment's border (Dai et al. 2019, section 3.2).
+
+    - Evaluation and prediction begin with an empty memory of their own and leave training's as it was, random numbers
+      included, so that a run does not depend on how often it is evaluated.
+    - `evaluate()` returns `eval_loss`, the exact mean over all predicted tokens in nats, `eval_perplexity` and, if the
+      dataset knows its bytes, `eval_bits_per_byte`.
+    - Each process saves its memory with every checkpoint (safetensors), so that a resumed run repeats the
+      uninterrupted one bit for bit. `resume_from_checkpoint=True` passes over a checkpoint that was cut short.
+    - Logs and progress bar show perplexity, bits per byte, tokens per second, memory length and peak memory.
+
+    The model needs `create_cache()`, and outputs with `losses` (per token) and `past_key_values`; a cache needs
+    `reset_rows`, `memory_length`, `state_dict` and `load_state_dict`. All else is `Trainer`'s: DDP and FSDP2 through
+    `torchrun` or `accelerate launch`, mixed precision, activation checkpointing, schedules, callbacks, the Hub.
+
+    Attributes:
+        memory: the memory of this process's rows, a Cache; None before the first step.
+
+    Example:
+
+        lanes = segment_lanes(tokens, num_lanes=16, segment_length=128)
+        args = SegmentTrainingArguments("runs/xl", per_device_train_batch_size=16, max_steps=1000)
+        SegmentTrainer(model, args, train_dataset=lanes).train()
+
+    Raises TypeError if the model has no `create_cache`, the arguments are not `SegmentTrainingArguments`, or a dataset
+    has no lanes; ValueError if a dataset's lanes are not those of a batch, or if `output_dir` holds another run.
+    """
+
+    args: SegmentTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: SegmentTrainingArguments | None = None,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ):
+        args = SegmentTrainingArguments() if args is None else args
+        if not isinstance(args, SegmentTrainingArguments):
+            raise TypeError(
+                f"args must be SegmentTrainingArguments, got {type(args).__name__}: the two have the same fields"
+            )
+        super().__init__(model, args, data_collator or SegmentCollator(), **kwargs)
+        if not hasattr(self.model, "create_cache"):
+            raise TypeError(
+                f"{type(self.model).__name__} has no create_cache(), so there is no memory to carry between segments: "
+                "train it with transformers.Trainer"
+            )
+        if self.eval_dataset is not None:
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for dataset in named.values():
+                self._check_lanes(dataset, "eval")
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LiveFiguresCallback)
+        self.memory: Any = None
+        self._eval_totals: LossTotals | None = None
+        self._meter = TokenMeter()
+
+    def _check_lanes(self, dataset: Dataset, kind: str) -> None:
+        """Refuse a dataset whose lanes are not the rows of a batch; kind: "train" or "eval"."""
+        name, field = f"{kind}_dataset", f"per_device_{kind}_batch_size"
+        num_lanes = getattr(dataset, "num_lanes", None)
+        if num_lanes is None:
+            raise TypeError(
+                f"{name} must be a dataset of lanes, got {type(dataset).__name__}: make one with "
+                "hf_efficient.data.segment_lanes, or train with transformers.Trainer, which carries no memory"
+            )
+        rows, processes = getattr(self.args, field), self.args.world_size
+        if num_lanes != rows * processes:
+            raise ValueError(
+                f"{name} has num_lanes={num_lanes}, but a batch has {field}={rows} rows x {processes} process(es): "
+                f"make it with num_lanes={rows * processes}"
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches in the order of the text; this process's rows of them."""
+        if self.train_dataset is not None:
+            self._check_lanes(self.train_dataset, "train")
+        return super().get_train_dataloader()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
+
+        resume_from_checkpoint: the path of a checkpoint, or True for the last complete one in `args.output_dir`.
+
+        Raises ValueError if `output_dir` has a checkpoint and the run is not to go on from one, or if there is none to
+        go on from; FileNotFoundError if the checkpoint holds no memory for this number of processes.
+        """
+        output_dir = self.args.output_dir
+        found = last_checkpoint(output_dir)
+        if resume_from_checkpoint is True:
+            if found is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but output_dir={output_dir!r} holds no complete checkpoint: "
+                    "leave it out to begin the run"
+                )
+            resume_from_checkpoint = found
+        elif not resume_from_checkpoint and found is not None and self.args.save_strategy != "no":
+            raise ValueError(
+                f"output_dir={output_dir!r} already holds a run ({Path(found).name}): go on with it by "
+                "resume_from_checkpoint=True, or choose another folder"
+            )
+        self.memory = None
+        self._meter = TokenMeter()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one update and the number of tokens they predict, over all processes."""
+        batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            _check_columns(batch)
+        self._meter.start()
+        self._meter.add(num_tokens)
+        return batches, num_tokens
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, logits and labels of one segment of every lane."""
+        _check_columns(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Loss of one segment of every lane, given the memory of the segments before; the memory moves on.
+
+        inputs: the model's inputs with `shift_labels` (batch, length), and `reset` (batch,), true where a row starts
+        anew.
+        """
+        inputs = dict(inputs)
+        reset = inputs.pop("reset")
+        if self.memory is None:
+            self.memory = self.model.create_cache()
+        else:
+            self.memory.reset_rows(reset)
+        if num_items_in_batch is not None:
+            # Where the lanes end there may be a batch of last tokens, which predict nothing.
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        inputs["past_key_values"] = self.memory
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.memory = outputs["past_key_values"]
+        if self._eval_totals is not None:
+            self._eval_totals.add(outputs["losses"], inputs["shift_labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """One pass over a dataset with a memory of its own; adds the exact mean loss and what follows from it."""
+        self._check_lanes(dataloader.dataset, "eval")
+        with self._apart_from_training() as totals:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        loss = totals.mean(self.accelerator)
+        figures = {"loss": loss, **_quality(loss, dataloader.dataset)}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    @contextlib.contextmanager
+    def _apart_from_training(self) -> Iterator[LossTotals]:
+        """Own memory, loss totals and random numbers for the block; training's are put back behind it.
+
+        Even a data loader's iterator draws from the global generator, which would change training's dropout.
+        """
+        training_memory, self.memory = self.memory, None
+        self._eval_totals = LossTotals(self.args.device)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices), self._meter.paused():
+                yield self._eval_totals
+        finally:
+            self.memory, self._eval_totals = training_memory, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the figures of the run: perplexity, bits per byte, tokens per second, memory length and peak."""
+        if "loss" in logs:
+            logs.update(_quality(logs["loss"], self.train_dataset))
+            logs["tokens_per_second"] = self._meter.lap()
+            logs["memory_length"] = self.memory.memory_length
+            logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
+        elif "train_runtime" in logs:
+            self._meter.lap()
+            logs["train_tokens"] = self._meter.num_tokens
+            logs["train_tokens_per_second"] = self._meter.tokens_per_second
+            logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
+        super().log(logs, start_time)
+
+    # Trainer calls the next two in every process, where a checkpoint is written and read. Of what rank 0 writes only
+    # trainer_state.json comes later, which therefore marks a checkpoint as complete.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        memory = self.model.create_cache() if self.memory is None else self.memory
+        save_file(memory.state_dict(), self._memory_path(output_dir))
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self.memory = self._load_memory(checkpoint)
+
+    def _memory_path(self, checkpoint: str | os.PathLike) -> Path:
+        return Path(checkpoint) / f"memory_{self.args.process_index}_of_{self.args.world_size}.safetensors"
+
+    def _load_memory(self, checkpoint: str | os.PathLike) -> Any:
+        path = self._memory_path(checkpoint)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: resume with as many processes as wrote the checkpoint, and from one that "
+                "SegmentTrainer wrote"
+            )
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): resume from an earlier checkpoint") from error
+        memory = self.model.create_cache()
+        memory.load_state_dict({name: tensor.to(self.args.device) for name, tensor in tensors.items()})
+        return memory
+
+
+def _check_columns(batch: dict[str, Tensor]) -> None:
+    """Raises ValueError if the batch lacks what a segment needs beside its tokens."""
+    for name in ("labels", "shift_labels", "reset"):
+        if name not in batch:
+            raise ValueError(
+                f"the batch has no column {name!r}: use a dataset of hf_efficient.data.segment_lanes and a collator "
+                "that keeps its columns"
+            )
+
+
+def _quality(loss: float, dataset: Any) -> dict[str, float]:
+    """Perplexity of a mean loss in nats, and bits per byte if the dataset knows its bytes."""
+    figures = {"perplexity": perplexity(loss)}
+    if getattr(dataset, "num_bytes", None):
+        figures["bits_per_byte"] = bits_per_byte(loss, dataset.num_tokens, dataset.num_bytes)
+    return figures
