@@ -257,11 +257,13 @@ class TransformerXLMemoryLayer(CacheLayerMixin):
         elif self.hidden_states is not None:
             self.hidden_states = transform(self.hidden_states)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes what row `beam_idx[b]` was."""
-        self.map_states(lambda states: states.index_select(0, beam_idx.to(states.device)))
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row b becomes what row `indices[b]` was; there may be fewer rows or more."""
+        self.map_states(lambda states: states.index_select(0, indices.to(states.device)))
 
-    batch_select_indices = reorder_cache
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """`batch_select_indices` under the name that beam search calls."""
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
