@@ -7,6 +7,7 @@ the model are flags with a dot; they are collected apart because the architectur
 """
 
 import argparse
+import shlex
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
@@ -50,11 +51,13 @@ class Invocation:
 
     options: one object per dataclass of the command. model_settings: the `--model.` flags, by name.
     given: every setting named in the recipe or on the command line, as it was read (the rest are defaults).
+    command_line: what was typed.
     """
 
     options: tuple[Any, ...]
     model_settings: dict[str, Any]
     given: dict[str, Any]
+    command_line: str
 
 
 class CommandParser(HfArgumentParser):
@@ -90,7 +93,7 @@ class CommandParser(HfArgumentParser):
             options = self.parse_dict(given)
         except (ValueError, TypeError) as error:  # a dataclass that checks itself
             raise CommandError(f"{error} (`{self.prog} --help-all` explains the flags).") from error
-        return Invocation(options=options, model_settings=model_settings, given=given)
+        return Invocation(options, model_settings, given, shlex.join([*self.prog.split(), *arguments]))
 
     def error(self, message: str) -> NoReturn:
         """What argparse calls when a value is wrong; `message` names the argument and the value."""

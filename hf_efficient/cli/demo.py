@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ def run(invocation: Invocation) -> None:
     clear_earlier_demo(folder)
     print("Training a small Transformer-XL on the Python language reference, which comes with Python.")
     flags = recipe_to_flags(RECIPE | {"output_dir": str(folder), "max_steps": options.steps, "seed": options.seed})
-    training = CommandParser(TRAIN).read(flags)
-    report = train(training, command=f"hf-efficient demo --steps {options.steps} --seed {options.seed}")
+    training = replace(CommandParser(TRAIN).read(flags), command_line=invocation.command_line)
+    report = train(training)
 
     print("Reading held-out text with memories of different lengths.")
     report |= measure_memory(folder, training)

@@ -1,7 +1,5 @@
 """`hf-efficient train`: from text and settings to a saved model, its figures, its card and its curve."""
 
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +88,10 @@ class TrainArguments(SegmentTrainingArguments):
             raise CommandError(f"--num_train_epochs {self.num_train_epochs} must be positive.")
         if self.learning_rate <= 0:
             raise CommandError(f"--learning_rate {self.learning_rate} must be positive; try 5e-4.")
+        if self.resume_from_checkpoint is not None:
+            raise CommandError(
+                f"--resume_from_checkpoint '{self.resume_from_checkpoint}' is not read; use --resume for the last one."
+            )
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         super().__post_init__()
 
@@ -140,20 +142,18 @@ IDENTITY = (
 
 def run(invocation: Invocation) -> None:
     """Train, and say where the result is."""
-    report = train(invocation, command=shlex.join(["hf-efficient", *sys.argv[1:]]))
+    report = train(invocation)
     if PartialState().is_main_process:
         print(summary(report, invocation.options[1].output_dir))
 
 
-def train(invocation: Invocation, command: str) -> dict[str, Any]:
+def train(invocation: Invocation) -> dict[str, Any]:
     """One run, from text to a finished run folder. Returns the content of its report.json.
 
-    A run that is resumed although it is finished is left as it is.
-
-    command: what repeats the run, for the report and the card.
-
     The folder then holds the model with its tokenizer (AutoModelForCausalLM loads it), report.json, recipe.yaml
-    (the settings, ready to be trained again), README.md (the model card), loss.png, and the checkpoints.
+    (the settings, ready to be trained again), README.md (the model card), loss.png, and the checkpoints. A run that is
+    resumed although it is finished is left as it is.
+
     Raises CommandError, having written nothing, if anything that was asked for cannot be done.
     """
     options, args = invocation.options
@@ -184,7 +184,8 @@ def train(invocation: Invocation, command: str) -> dict[str, Any]:
     if validation is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()
-    report = make_report(trainer, options, metrics) | {"command": command, "settings": recipe_of(invocation)}
+    report = make_report(trainer, options, metrics)
+    report |= {"command": invocation.command_line, "settings": recipe_of(invocation)}
     if trainer.is_world_process_zero():
         write_run(folder, report)
     return report
@@ -260,6 +261,7 @@ def identity(
     own = {name: value for name, value in asdict(options).items() if name not in may_change}
     training = {name: getattr(args, name) for name in IDENTITY}
     config = {f"model.{name}": value for name, value in model.config.to_diff_dict().items()}
+    config.pop("model.transformers_version", None)
     return plain(own | training | config | {"train_tokens": lanes.num_tokens, "train_bytes": lanes.num_bytes})
 
 

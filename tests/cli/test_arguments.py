@@ -60,6 +60,7 @@ def test_flags_become_options_and_only_what_was_given_is_recorded():
     assert (options.source, options.strict, rare.common, rare.rare) == (None, None, 1, 9)
     assert invocation.given == {"size": 5, "rate": 1e-4, "names": ["a", "b"], "quiet": True, "rare": 9}
     assert invocation.model_settings == {}
+    assert invocation.command_line == "hf-efficient try --size 5 --rate=1e-4 --names a b --quiet --rare 9"
 
 
 @pytest.mark.parametrize(("flags", "value"), [(["--strict"], True), (["--strict", "false"], False), ([], None)])

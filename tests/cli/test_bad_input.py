@@ -84,6 +84,10 @@ MISTAKES = [
     (["train", "--text", "my.txt", "--output_dir", "my.txt"], ["--output_dir", "my.txt", "folder"]),
     (["train", "--text", "my.txt", "--output_dir", "taken"], ["--output_dir", "taken", "another folder"]),
     (["train", "--text", "my.txt", "--output_dir", "run"], ["--output_dir", "run", "--resume"]),
+    (
+        [*RESUME, "--resume_from_checkpoint", "run/checkpoint-2"],
+        ["--resume_from_checkpoint", "checkpoint-2", "--resume"],
+    ),
     ([*RESUME, "--segment_length", "8"], ["--output_dir", "segment_length", "8"]),
     ([*RESUME, "--model.mem_len", "4"], ["--output_dir", "mem_len"]),
     ([*RESUME, "--text", "short.txt", "my.txt"], ["--output_dir", "text"]),
