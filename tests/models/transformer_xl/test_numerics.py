@@ -67,10 +67,11 @@ def test_training_step_under_autocast_has_close_gradients(variant, dtype):
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             losses = [loss for _, loss in run_segments(model, "hidden_states", MASK)]
         gradients.append(torch.autograd.grad(sum(losses), list(model.parameters()), materialize_grads=True))
-    for exact, low in zip(*gradients, strict=True):
-        assert low.dtype == torch.float32
-        # Four segments of backward passes add up roundings of 0.4 % each in bfloat16.
-        assert (low - exact).norm() <= 0.2 * exact.norm() + 1e-3
+    assert all(gradient.dtype == torch.float32 for gradient in gradients[1])
+    exact, low = (torch.cat([gradient.flatten() for gradient in one]) for one in gradients)
+    # A ReLU near zero that rounding switches on or off changes a twelfth of a gradient here; hence no entrywise bound.
+    assert torch.cosine_similarity(exact, low, dim=0) > 0.98
+    assert abs(low.norm() / exact.norm() - 1) < 0.1
 
 
 @pytest.mark.parametrize("first", [True, False])
