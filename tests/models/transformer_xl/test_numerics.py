@@ -71,7 +71,7 @@ def test_training_step_under_autocast_has_close_gradients(variant, dtype):
     exact, low = (torch.cat([gradient.flatten() for gradient in one]) for one in gradients)
     # A ReLU near zero that rounding switches on or off changes a twelfth of a gradient here; hence no entrywise bound.
     assert torch.cosine_similarity(exact, low, dim=0) > 0.98
-    assert abs(low.norm() / exact.norm() - 1) < 0.1
+    assert abs(low.norm() / exact.norm() - 1) < 0.2
 
 
 @pytest.mark.parametrize("first", [True, False])
