@@ -1,0 +1,42 @@
+"""Transformer-XL decoding: one token against a memory of 1,600, ours against legacy TransfoXL."""
+
+from harness import Row, Settings, compare
+from xl_legacy_check import check_decode, sides
+
+TARGETS = {"ratio": 30.0}
+
+MEM_LEN = 1600
+# Layer sizes and memory of the published WikiText-103 large model (transfo-xl-wt103), per-layer u and v, evaluation
+# settings. Depth and vocabulary differ by case; the whole model is `full`.
+LARGE = {
+    "d_model": 1024,
+    "d_embed": 1024,
+    "n_head": 16,
+    "d_head": 64,
+    "d_inner": 4096,
+    "mem_len": MEM_LEN,
+    "clamp_len": 1000,
+    "same_length": True,
+    "untie_r": True,
+}
+ADAPTIVE = {"vocab_size": 267735, "cutoffs": [20000, 40000, 200000], "div_val": 4}
+PLAIN = {"vocab_size": 10000, "cutoffs": [], "div_val": 1}
+
+CASES = {
+    "4 layers": LARGE | PLAIN | {"n_layer": 4},
+    "full": LARGE | ADAPTIVE | {"n_layer": 18},
+}
+
+
+def measure(case: str, settings: Settings) -> Row:
+    """Seconds per token of one case."""
+    model = CASES[case]
+    ours, legacy = sides("Decode", {"model": model, "prompt_len": MEM_LEN}, settings)
+    return compare(
+        name=f"xl_decode/{case}",
+        ours=ours,
+        peer=legacy,
+        settings=settings,
+        config={"peer": "legacy TransfoXLLMHeadModel", "unit": "token", "batch_size": 1, "dtype": "float32", **model},
+        check=lambda: check_decode(model, MEM_LEN + 100, 4, settings),
+    )
