@@ -15,6 +15,8 @@ from .configuration_transformer_xl import TransformerXLConfig
 # 1 / WINDOW_SLACK tokens on average, however long the memory is.
 WINDOW_SLACK = 0.25
 MIN_SLACK = 32
+# Tokens beyond the window that a recording keeps: what assisted decoding may take back over several rounds.
+RECORDED_TOKENS = 64
 
 
 def keep_last(states: Tensor, length: int, dim: int, num_pads: Tensor | None = None) -> Tensor:
@@ -100,6 +102,8 @@ class KeyValueWindow:
     @property
     def is_writable(self) -> bool:
         """False for a window made in inference mode and used outside of it."""
+        if torch.compiler.is_compiling():
+            return True
         return torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
 
 
@@ -231,8 +235,8 @@ class TransformerXLMemoryLayer(CacheLayerMixin):
         if self.window is not None:
             self.window.remove_last(remove)
             if self.window.length > self.mem_len:
-                self.window.trim(self.mem_len)
-                self.num_croppable = 0
+                self.window.trim(self.mem_len + RECORDED_TOKENS if self.record_past else self.mem_len)
+                self.num_croppable = min(self.num_croppable, self.window.length - self.mem_len)
             self._expose()
         elif remove:
             self.hidden_states = self.hidden_states[:, :-remove]
@@ -412,16 +416,35 @@ class TransformerXLCache(Cache):
         for layer in self.layers:
             layer.hidden_states = hidden_states.new_zeros(batch_size, self.mem_len, hidden_size)
 
+    @property
+    def _initial_length(self) -> int:
+        return self.mem_len if self.memory_init == "zeros" else 0
+
     def count_tokens(self, length: int, num_pads: Tensor | None) -> None:
         """Note that every row was given `length` columns, of which `num_pads` (B,) were pads."""
         if self._row_tokens is not None:
             self._row_tokens = self._row_tokens + length
         elif num_pads is not None:
-            before = min(self.get_seq_length() - length, self.mem_len)
-            before = self.mem_len if self.memory_init == "zeros" else before
-            self._row_tokens = torch.full_like(num_pads, before + length)
+            self._row_tokens = torch.full_like(num_pads, self._initial_length + self.get_seq_length())
         if num_pads is not None:
             self._row_tokens = self._row_tokens - num_pads
+
+    def check_mask(self, past_mask: Tensor) -> None:
+        """Refuse a mask of the columns fed so far, (B, `get_seq_length()`) bool, that contradicts the memory.
+
+        Raises:
+            ValueError: a row's number of tokens is not the number of those that were not masked then.
+        """
+        tokens = past_mask.sum(dim=1)
+        fed = self.get_seq_length() if self._row_tokens is None else self._row_tokens - self._initial_length
+        differs = (tokens != fed).nonzero()
+        if differs.numel():
+            row = int(differs[0])
+            raise ValueError(
+                f"attention_mask says that row {row} had {int(tokens[row])} tokens before this segment, but its "
+                "memory took in another number; mask a pad when it is fed (generate marks no pads behind rows that have "
+                "ended: select the rows that go on with batch_select_indices), or pass the segment's mask alone."
+            )
 
     def reset(self) -> None:
         """Forget everything, the batch size too."""

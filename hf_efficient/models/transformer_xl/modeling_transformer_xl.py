@@ -4,6 +4,8 @@ Letters in shape notes: B batch, H heads, T tokens of the segment, M memory slot
 D hidden_size, V vocab_size.
 """
 
+import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -234,6 +236,23 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
         else:
             init.normal_(weight, mean=0.0, std=self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: the weights are to be sharded while they are read, which would cut the matrix that holds
+                queries, keys and values on disk at the wrong rows.
+        """
+        if kwargs.get("distributed_config") is not None:
+            raise ValueError(
+                "distributed_config shards each weight as it is read, but a Transformer-XL checkpoint holds queries, "
+                "keys and values in one; load the whole model and let Trainer or accelerate shard it (fsdp=True)."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes the names on disk too: the Trainer reads a checkpoint's file by itself when it resumes."""
         return super().load_state_dict(to_model_names(state_dict), strict=strict, assign=assign)
@@ -436,7 +455,11 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
                 f"attention_mask has shape {tuple(attention_mask.shape)}, but must be ({batch_size}, {length}) for "
                 f"the segment or ({batch_size}, {seen + length}) for all tokens so far."
             )
-        mask = attention_mask[:, -length:] != 0
+        mask = attention_mask != 0
+        if seen and mask.shape[1] > length and not torch.compiler.is_compiling():
+            # `generate` passes a mask for its first step only, so that nothing waits here for the device later.
+            memory.check_mask(mask[:, :-length])
+        mask = mask[:, -length:]
         if _can_look_at(mask) and mask.all():
             return None
         return mask.to(segment.device)
@@ -609,11 +632,13 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             losses = F.cross_entropy(logits.flatten(0, 1).to(exact), flat_labels, reduction="none")
         return losses.view(labels.shape)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As in transformers, but a generated token is never a pad, and the memory knows those of the prompt."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        is_step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
-        if is_step and inputs.get("past_key_values") is not None:
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0 and not kwargs.get("is_first_iteration"):
             inputs.pop("attention_mask", None)
         return inputs
 
@@ -723,7 +748,9 @@ class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
         logits = self.score(outputs.last_hidden_state[rows, last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config)
+            # A copy, because the loss function writes the problem type that it guesses into it.
+            config = copy.copy(self.config)
+            loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

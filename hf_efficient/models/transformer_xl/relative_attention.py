@@ -80,7 +80,8 @@ def eager_relative_attention(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Plain form that also returns the probabilities (B, H, T, S); softmax in float32 (float64 for float64)."""
-    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling + scores
+    # Scaled first: in float16 the product alone may overflow.
+    weights = torch.matmul(query * scaling, key.transpose(-1, -2)) + scores
     if mask is not None:
         weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
     exact = torch.float64 if weights.dtype == torch.float64 else torch.float32
@@ -112,8 +113,10 @@ def _can_recompute(query: Tensor, dropout: float) -> bool:
     """Whether the form that keeps no scores for the backward pass applies.
 
     SDPA's kernels do half precision better. Dropped weights must not depend on whether gradients are on, or activation
-    checkpointing would drop others when it runs a layer again.
+    checkpointing would drop others when it runs a layer again. A compiled graph fuses the plain form by itself.
     """
+    if torch.compiler.is_compiling():
+        return False
     needs_grad = torch.is_grad_enabled() and query.requires_grad
     return (needs_grad or dropout > 0) and query.dtype.itemsize >= 4 and query.numel() > 0
 
