@@ -1,7 +1,9 @@
 """Small Transformer-XL models for the tests, one per way the model can be built, and the tolerances."""
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from hf_efficient import TransformerXLConfig, TransformerXLForCausalLM
 
@@ -98,6 +100,14 @@ def small_model(
 def random_ids(*shape: int, seed: int = 1) -> Tensor:
     """Ids that do not depend on what was drawn before."""
     return torch.randint(0, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of as many words, w0 to w16, as the small models have ids."""
+    vocab = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w16"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", padding_side="left")
 
 
 def log_probs(output: object) -> Tensor:

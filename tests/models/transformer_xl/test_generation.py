@@ -3,9 +3,8 @@
 import pytest
 import torch
 from models.transformer_xl.naive_transformer_xl import NaiveRows
-from models.transformer_xl.small_models import VARIANTS, VOCAB_SIZE, random_ids, small_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+from models.transformer_xl.small_models import VARIANTS, random_ids, small_model, word_tokenizer
+from transformers import GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 # Decoding one by one equals one pass where the memory holds everything, or where every query sees mem_len keys. Words
@@ -116,6 +115,13 @@ def test_padded_batch_equals_each_prompt_alone(model):
     for row in range(3):
         prompt = PADDED_PROMPTS[row : row + 1][:, PROMPT_MASK[row].bool()]
         assert torch.equal(output[row : row + 1, 5:], model.generate(prompt, max_new_tokens=10, **QUIET)[:, -10:])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_padded_prompts_can_be_read_in_chunks(model, size):
+    expected = model.generate(PADDED_PROMPTS, attention_mask=PROMPT_MASK, max_new_tokens=6, **QUIET)
+    settings = {"max_new_tokens": 6, "prefill_chunk_size": size, **QUIET}
+    assert torch.equal(model.generate(PADDED_PROMPTS, attention_mask=PROMPT_MASK, **settings), expected)
 
 
 def test_beam_search_equals_beam_search_without_cache(model):
@@ -362,14 +368,6 @@ def test_generation_says_nothing(capfd):
     model.generate(random_ids(1, 3), max_new_tokens=4, **QUIET)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
-
-
-def word_tokenizer():
-    """A tokenizer of as many words as the small models have ids."""
-    vocab = {f"w{i}": i for i in range(VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w16"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", padding_side="left")
 
 
 @pytest.mark.parametrize("variant", ["plain", "past_mem_len", "everything"])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models.transformer_xl.small_models import EXACT, MODES, SINGLE, VARIANTS, random_ids, small_model
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from models.transformer_xl.small_models import EXACT, MODES, SINGLE, VARIANTS, random_ids, small_model, word_tokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, pipeline
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 from hf_efficient import (
@@ -176,3 +176,20 @@ def test_heads_give_hidden_states_attentions_and_tuples(cls):
     loss, logits, *_ = model(random_ids(1, 4), labels=labels, return_dict=False)
     assert loss.ndim == 0
     assert torch.equal(logits, output.logits)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_classification_pipelines(batch_size):
+    """A text gets the same classes in a padded batch as alone."""
+    texts, tokenizer = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"], word_tokenizer()
+    model = small_model(TransformerXLForSequenceClassification, dtype=torch.float32, num_labels=3)
+    classifier = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
+    for text, scores in zip(texts, classifier(texts, batch_size=batch_size), strict=True):
+        expected = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1)
+        for score in scores:
+            assert abs(score["score"] - expected[int(score["label"].removeprefix("LABEL_"))]) < 1e-5
+    model = small_model(TransformerXLForTokenClassification, dtype=torch.float32, num_labels=3)
+    tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, ignore_labels=[])
+    for text, words in zip(texts, tagger(texts, batch_size=batch_size), strict=True):
+        expected = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].argmax(-1)
+        assert [word["entity"] for word in words] == [f"LABEL_{label}" for label in expected]

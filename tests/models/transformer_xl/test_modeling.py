@@ -59,13 +59,13 @@ def test_gradients_equal_naive_model(variant, implementation):
     model = small_model(**VARIANTS[variant]).train()
     model.set_attn_implementation(implementation)
     naive = NaiveTransformerXL(model)
-    cache, memory = model.create_cache(), None
-    first, second = random_ids(1, 4, seed=1), random_ids(1, 5, seed=2)
-    model(first, past_key_values=cache)
-    loss = model(second, past_key_values=cache, labels=second).loss
-    memory = naive.segment(first[0].tolist()).memory
-    log_probabilities = naive.segment(second[0].tolist(), memory).log_probs
-    expected = -log_probabilities[range(4), second[0, 1:].tolist()].mean()
+    cache, memory, loss, expected = model.create_cache(), None, 0.0, 0.0
+    for step in range(2):  # the first one against what the memory starts from
+        ids = random_ids(1, 4 + step, seed=step)
+        loss = loss + model(ids, past_key_values=cache, labels=ids).loss
+        segment = naive.segment(ids[0].tolist(), memory)
+        memory = segment.memory
+        expected = expected - segment.log_probs[range(3 + step), ids[0, 1:].tolist()].mean()
     torch.testing.assert_close(loss, expected, **EXACT)
     parameters = dict(model.named_parameters())
     given = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
@@ -280,6 +280,33 @@ def test_evaluation_leaves_the_random_generator_alone():
 def test_illegal_argument_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         small_model(dtype=torch.float32)(**arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"labels": random_ids(2, 3)},
+        {"labels": torch.full((2, 4), 17)},
+        {"shift_labels": torch.full((2, 4), -7)},
+        {"attention_mask": torch.ones(2, 3)},
+        {"input_ids": torch.full((2, 4), 17)},
+        {"input_ids": random_ids(3, 4)},
+    ],
+    ids=["labels_shape", "label", "shift_label", "mask_shape", "id", "batch"],
+)
+def test_refused_call_leaves_the_memory_as_it_was(arguments, mode):
+    """So that the call can be repeated with the mistake mended."""
+    model = small_model()
+    cache = model.create_cache()
+    with MODES[mode]():
+        model(random_ids(2, 4), past_key_values=cache)
+        before = cache.state_dict()
+        with pytest.raises(ValueError, match="."):
+            model(**({"input_ids": random_ids(2, 4)} | arguments), past_key_values=cache)
+    after = cache.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_empty_inputs_give_empty_outputs():
