@@ -145,6 +145,8 @@ def run(invocation: Invocation) -> None:
     report = train(invocation)
     if PartialState().is_main_process:
         print(summary(report, invocation.options[1].output_dir))
+    # A process that ends while the group stands may be aborted on its way out.
+    PartialState().destroy_process_group()
 
 
 def train(invocation: Invocation) -> dict[str, Any]:
