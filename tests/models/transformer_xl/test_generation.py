@@ -208,6 +208,20 @@ def test_memory_of_training_serves_generate():
     assert torch.equal(output, greedy_without_cache(model, torch.cat([ids, ids], dim=1), 5))
 
 
+def test_generation_continues_after_some_rows_began_anew(model):
+    """The mask tells which columns a row has forgotten."""
+    prompt, more = random_ids(2, 6), random_ids(2, 3, seed=9)
+    with torch.no_grad():
+        cache = model(prompt).past_key_values
+    cache.reset_rows(torch.tensor([True, False]))
+    ids = torch.cat([prompt, more], dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    output = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, **QUIET)
+    assert torch.equal(output[:1, -5:], greedy_without_cache(model, more[:1], 5)[:, -5:])
+    assert torch.equal(output[1:, -5:], greedy_without_cache(model, ids[1:], 5)[:, -5:])
+
+
 def test_rows_that_ended_early_continue_without_their_pads():
     """A batch is continued after one of its rows had met `<eos>`: either exactly, or it is refused."""
     model, prompt = exact_model("plain"), random_ids(2, 4)
