@@ -1,8 +1,8 @@
 """Transformer-XL for transformers' own model tests, with one line for every test that is left out.
 
 The harness that runs them outside of transformers' repository takes a file with `ENTRIES`, tuples of
-(model class, configuration, kind, options). The option `fsdp` stays off: those tests shard weights while they are read,
-which `from_pretrained` refuses for Transformer-XL; FSDP2 through accelerate is tested in tests/training.
+(model class, configuration, kind, options). The option `fsdp` stays off: those tests shard weights while they are
+read, which `from_pretrained` refuses for Transformer-XL; FSDP2 through accelerate is tested in tests/training.
 """
 
 from hf_efficient import (

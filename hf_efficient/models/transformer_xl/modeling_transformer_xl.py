@@ -585,6 +585,11 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             `TransformerXLCausalLMOutput`.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and tokens is not None:
+                # Before the body runs, because that changes the memory.
+                _check_labels(name, given, tokens.shape[:2], self.config.vocab_size)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -596,10 +601,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         logits = losses = None
         if shift_labels is None and labels is not None:
-            _check_labels("labels", labels, hidden_states)
             shift_labels, scored = labels[:, 1:], hidden_states[:, :-1]
         elif shift_labels is not None:
-            _check_labels("shift_labels", shift_labels, hidden_states)
             scored = hidden_states
         if shift_labels is None or not self.config.is_adaptive:
             logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
@@ -622,7 +625,6 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
 
     def _losses(self, hidden_states: Tensor, labels: Tensor, logits: Tensor | None) -> Tensor:
         """Negative log-likelihoods (B, T) of the shifted labels, float32, 0 where ignored; `logits` if at hand."""
-        _check_ids("labels", labels[labels != -100] if _can_look_at(labels) else labels, self.config.vocab_size)
         flat_labels = labels.reshape(-1)
         if self.config.is_adaptive:
             losses = self.lm_head.losses(hidden_states.flatten(0, 1), flat_labels, self.model.embed_tokens)
@@ -685,12 +687,15 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             )
 
 
-def _check_labels(name: str, labels: Tensor, hidden_states: Tensor) -> None:
-    if labels.shape != hidden_states.shape[:2]:
+def _check_labels(name: str, labels: Tensor, shape: torch.Size, vocab_size: int) -> None:
+    """Refuse labels of another shape than the segment's, or outside the vocabulary."""
+    if labels.shape != shape:
         raise ValueError(
-            f"{name} has shape {tuple(labels.shape)}, but the segment has {tuple(hidden_states.shape[:2])}; give one "
-            "label per token, -100 where there is none."
+            f"{name} has shape {tuple(labels.shape)}, but the segment has {tuple(shape)}; give one label per token, "
+            "-100 where there is none."
         )
+    if _can_look_at(labels):
+        _check_ids(name, labels[labels != -100], vocab_size)
 
 
 def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
