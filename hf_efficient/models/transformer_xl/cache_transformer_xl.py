@@ -442,8 +442,8 @@ class TransformerXLCache(Cache):
             row = int(differs[0])
             raise ValueError(
                 f"attention_mask says that row {row} had {int(tokens[row])} tokens before this segment, but its "
-                "memory took in another number; mask a pad when it is fed, or pass the segment's mask alone. (generate "
-                "masks no pads behind rows that have ended: choose those that go on with batch_select_indices.)"
+                "memory took in another number; mask a pad when it is fed, or pass the segment's mask alone (generate "
+                "masks no pads behind rows that have ended: choose the others with batch_select_indices)."
             )
 
     def reset(self) -> None:
