@@ -23,6 +23,8 @@ class RecomputeWindow:
             n_layer=num_layers,
             activation_function="relu",
             use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
             attn_implementation="sdpa",
         )
         self.model = GPT2LMHeadModel(config).eval()

@@ -40,9 +40,10 @@ class Checkpoint:
 
 
 class Decode:
-    """Feeds one token against a full memory."""
+    """Feeds one token of every row against a full memory; the unit is such a step."""
 
-    def __init__(self, model: dict[str, Any], prompt_len: int, checkpoint: str | None = None):
+    def __init__(self, model: dict[str, Any], batch_size: int, prompt_len: int, checkpoint: str | None = None):
+        self.batch_size = batch_size
         self.model = build(model, checkpoint).eval()
         self.vocab_size, self.position, self.mems = model["vocab_size"], 0, None
         while self.position < prompt_len:
@@ -50,18 +51,18 @@ class Decode:
 
     @torch.no_grad()
     def _feed(self, length: int) -> torch.Tensor:
-        ids = token_ids(1, length, self.vocab_size, self.position)
+        ids = token_ids(self.batch_size, length, self.vocab_size, self.position)
         output = self.model(ids, mems=self.mems)
         self.mems = output.mems
         self.position += length
         return output.prediction_scores[:, -1]
 
     def run(self) -> None:
-        """One token."""
+        """One step."""
         self._feed(1)
 
     def save_log_probs(self, path: str, steps: int) -> None:
-        """Write the log-probabilities after each of the next tokens, (steps, vocab_size)."""
+        """Write the log-probabilities after each of the next tokens, (steps * batch_size, vocab_size)."""
         save_file({"log_probs": torch.cat([self._feed(1) for _ in range(steps)])}, path)
 
 

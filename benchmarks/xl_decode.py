@@ -22,21 +22,25 @@ LARGE = {
 ADAPTIVE = {"vocab_size": 267735, "cutoffs": [20000, 40000, 200000], "div_val": 4}
 PLAIN = {"vocab_size": 10000, "cutoffs": [], "div_val": 1}
 
+# Case: model and batch size.
 CASES = {
-    "4 layers": LARGE | PLAIN | {"n_layer": 4},
-    "full": LARGE | ADAPTIVE | {"n_layer": 18},
+    "4 layers": (LARGE | PLAIN | {"n_layer": 4}, 1),
+    "4 layers, batch 8": (LARGE | PLAIN | {"n_layer": 4}, 8),
+    "full": (LARGE | ADAPTIVE | {"n_layer": 18}, 1),
 }
 
 
 def measure(case: str, settings: Settings) -> Row:
-    """Seconds per token of one case."""
-    model = CASES[case]
-    ours, legacy = sides("Decode", {"model": model, "prompt_len": MEM_LEN}, settings)
+    """Seconds per step of one case."""
+    model, batch_size = CASES[case]
+    options = {"model": model, "batch_size": batch_size, "prompt_len": MEM_LEN}
+    ours, legacy = sides("Decode", options, settings)
+    config = {"peer": "legacy TransfoXLLMHeadModel", "unit": "one token of each row", "dtype": "float32"}
     return compare(
         name=f"xl_decode/{case}",
         ours=ours,
         peer=legacy,
         settings=settings,
-        config={"peer": "legacy TransfoXLLMHeadModel", "unit": "token", "batch_size": 1, "dtype": "float32", **model},
-        check=lambda: check_decode(model, MEM_LEN + 100, 4, settings),
+        config={**config, "batch_size": batch_size, **model},
+        check=lambda: check_decode(model, batch_size, MEM_LEN + 100, 4, settings),
     )

@@ -14,7 +14,9 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
 
-def check_decode(model: dict[str, Any], prompt_len: int, steps: int, settings: Settings) -> dict[str, Any]:
+def check_decode(
+    model: dict[str, Any], batch_size: int, prompt_len: int, steps: int, settings: Settings
+) -> dict[str, Any]:
     """Compare the log-probabilities after the prompt and some single tokens; returns the largest difference.
 
     Raises:
@@ -23,7 +25,8 @@ def check_decode(model: dict[str, Any], prompt_len: int, steps: int, settings: S
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"model": model, "prompt_len": prompt_len, "checkpoint": save_checkpoint(model, folder, settings)}
+        checkpoint = save_checkpoint(model, folder, settings)
+        options = {"model": model, "batch_size": batch_size, "prompt_len": prompt_len, "checkpoint": checkpoint}
         log_probs = []
         for side in sides("Decode", options, settings):
             path = f"{folder}/{side.module}.safetensors"

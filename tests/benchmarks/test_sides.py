@@ -27,14 +27,14 @@ ONE_THREAD = Settings(threads=1)
 
 
 def test_decode_step_goes_on_with_a_full_memory(tmp_path):
-    side = Decode(SMALL, prompt_len=20)
+    side = Decode(SMALL, batch_size=2, prompt_len=20)
     assert side.memory.memory_length == 12
     side.run()
     assert side.memory.get_seq_length() == 21
     side.save_log_probs(str(tmp_path / "out.safetensors"), steps=3)
     log_probs = load_file(tmp_path / "out.safetensors")["log_probs"]
-    assert log_probs.shape == (3, 50)
-    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3))
+    assert log_probs.shape == (6, 50)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(6))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -119,11 +119,12 @@ def legacy_is_ours(monkeypatch):
 
 
 def test_check_of_decoding(legacy_is_ours, monkeypatch):
-    found = xl_legacy_check.check_decode(legacy_is_ours, prompt_len=9, steps=2, settings=ONE_THREAD)
+    arguments = {"batch_size": 2, "prompt_len": 9, "steps": 2, "settings": ONE_THREAD}
+    found = xl_legacy_check.check_decode(legacy_is_ours, **arguments)
     assert found == {"largest log-probability difference": 0.0}
     monkeypatch.setattr(xl_legacy_check, "LOG_PROB_TOLERANCE", -1.0)
     with pytest.raises(CheckFailed, match="Log-probabilities of ours and legacy differ"):
-        xl_legacy_check.check_decode(legacy_is_ours, prompt_len=9, steps=2, settings=ONE_THREAD)
+        xl_legacy_check.check_decode(legacy_is_ours, **arguments)
 
 
 def test_check_of_training(legacy_is_ours, monkeypatch):
