@@ -471,11 +471,10 @@ class TransformerXLCache(Cache):
         if self.memory_init == "zeros":
             for layer in self.layers:
                 layer.restart_rows(rows)
-            if self._row_tokens is not None:
-                self._row_tokens = self._row_tokens.masked_fill(rows.to(self._row_tokens.device), self.mem_len)
-            return
-        lengths = self.row_lengths if self._row_tokens is None else self._row_tokens
-        self._row_tokens = lengths.masked_fill(rows.to(lengths.device), 0)
+        counts = self._row_tokens
+        if counts is None:
+            counts = torch.full_like(rows, self._initial_length + self.get_seq_length(), dtype=torch.long)
+        self._row_tokens = counts.masked_fill(rows.to(counts.device), self._initial_length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` columns of every row back (0 or negative, as in transformers).

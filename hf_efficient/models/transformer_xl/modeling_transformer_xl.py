@@ -364,6 +364,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         order = num_pads = None
         memory, is_kept = self._open_memory(past_key_values, use_cache, segment)
         mask = self._segment_mask(attention_mask, segment, memory)
+        if memory is not None:
+            memory.start(segment)
         if mask is not None:
             order, num_pads = _pads_last(mask)
             segment = _reorder(segment, order)
@@ -439,7 +441,6 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
                     "past_key_values was filled in evaluation and holds keys and values, through which W_k and W_v "
                     "get no gradient; start training with a new cache."
                 )
-            memory.start(segment)
         return memory, is_kept
 
     def _segment_mask(
