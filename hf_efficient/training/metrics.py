@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -57,11 +59,17 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MEGABYTE
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux getrusage begins a process at the size of the one that started it.
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if peak is not None:
+            return int(peak.group(1)) * 1024 / MEGABYTE
     try:
         import resource
     except ImportError:
         return math.nan
-    # Linux counts in KB, macOS in bytes.
+    # macOS counts in bytes, others in KB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
 
