@@ -49,7 +49,7 @@ def plot_memory(curve: Iterable[Mapping[str, Any]], path: str | Path, trained_me
     places = range(len(points))
     axes.plot(places, bits, color=BLUE, marker="o", markersize=6, linewidth=1.8)
     axes.set_xticks(places, ["none" if length == 0 else str(length) for length in lengths])
-    axes.margins(x=0.08, y=0.18)
+    axes.margins(x=0.1, y=0.18)
     label = {
         "textcoords": "offset points",
         "color": GREY,

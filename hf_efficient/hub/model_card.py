@@ -24,14 +24,10 @@ REQUIRED = (
     "versions",
 )
 
-# Paper, year, arXiv number and the tag by which the Hub finds the architecture.
-PAPERS = {
-    "transformer_xl": (
-        "Transformer-XL",
-        "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",
-        "1901.02860",
-    ),
-}
+# For each architecture: its name, its paper and that paper's arXiv number.
+PAPERS = {"transformer_xl": ("Transformer-XL", "Dai et al. 2019", "1901.02860")}
+# Texts whose name says little.
+TEXTS = {"python-docs": "the Python language reference (python-docs)"}
 
 
 def write_model_card(run_folder: str | Path, license: str = "unknown") -> Path:
@@ -47,18 +43,19 @@ def write_model_card(run_folder: str | Path, license: str = "unknown") -> Path:
     """
     folder = Path(run_folder)
     report = read_finished_report(folder)
-    name, title, arxiv = PAPERS[report["architecture"]]
+    name, paper, arxiv = PAPERS[report["architecture"]]
+    text = describe_text(report["data"]["text"])
     card = ModelCard.from_template(
         card_data(folder, report, license),
         template_path=str(TEMPLATE),
         report=report,
         architecture=name,
-        paper_title=title,
+        paper=paper,
         arxiv=arxiv,
         model_name=folder.resolve().name,
         results=result_rows(report),
         settings=settings_rows(report["settings"]),
-        text=describe_text(report["data"]["text"]),
+        text=TEXTS.get(text, text),
         pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
     )
     path = folder / "README.md"
