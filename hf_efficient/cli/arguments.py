@@ -80,8 +80,10 @@ class CommandParser(HfArgumentParser):
 
     @property
     def names(self) -> list[str]:
-        """All settings, as a recipe spells them."""
-        return [field.name for options in self.command.options for field in fields(options) if field.init]
+        """All settings, as flags and recipes spell them."""
+        own = [field.name for options in self.command.options for field in fields(options) if field.init]
+        kinds = self.command.model_settings() if self.command.model_settings else {}
+        return own + [f"model.{name}" for settings in kinds.values() for name in settings]
 
     def read(self, arguments: Sequence[str]) -> Invocation:
         """Parse `arguments` (without the name of the command). Raises CommandError for anything the user got wrong."""
@@ -112,7 +114,7 @@ class CommandParser(HfArgumentParser):
     def _recipe_flags(self, path: Path) -> list[str]:
         """The recipe as flags, each checked, so that an error can name the file."""
         settings = read_recipe(path)
-        known = [*self.names, *(["model"] if self.command.model_settings else [])]
+        known = [*self.names, "model"] if self.command.model_settings else self.names
         try:
             for name in settings:
                 if name not in known:
@@ -203,9 +205,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def help_text(text: str, default: Any) -> str:
     """`text` as a sentence, with the default where that tells something."""
     text = " ".join(text.split()).rstrip(".")
-    if default in (None, False, "", -1, "none", argparse.SUPPRESS) or default == []:
-        return f"{text}." if text else ""
-    return f"{text} (default: {default}).".replace("%", "%%")
+    if default not in (None, False, "", -1, "none", argparse.SUPPRESS, []):
+        text += f" (default: {default})"
+    return f"{text}.".replace("%%", "%").replace("%", "%%") if text else ""
 
 
 def whole_number(text: str) -> int:

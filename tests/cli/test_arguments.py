@@ -80,6 +80,7 @@ def test_recipe_with_overrides(tmp_path):
     assert (options.source, options.size, options.rate, options.names) == ("here", 6, 1e-3, ["a"])
     assert (options.quiet, rare.rare) == (True, 4)
     assert invocation.model_settings == {"mem_len": 32, "tie": True, "new_name": [1, 2]}
+    assert read(recipe(tmp_path, "model.mem_len: 5")).model_settings == {"mem_len": 5}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,8 @@ def test_recipe_with_overrides(tmp_path):
         (["--rate", "fast"], ["--rate", "fast", "such as 0.1"]),
         (["--quiet", "perhaps"], ["--quiet", "perhaps", "true"]),
         (["--size"], ["--size", "expected one argument"]),
+        (["--mem_len", "3"], ["--mem_len", "--model.mem_len"]),
+        (["--modle.mem_len", "3"], ["--modle.mem_len", "--model.mem_len"]),
         (["here", "there"], ["there", "hf-efficient try SOURCE"]),
         (["--size", "1", "there"], ["there", "hf-efficient try SOURCE"]),
         (["--model.mem_len"], ["--model.mem_len", "VALUE"]),
@@ -113,6 +116,7 @@ def test_mistake_on_the_command_line(arguments, words):
         ("rate: fast", ["--rate", "fast"]),
         ("modle: {mem_len: 3}", ["modle", "model"]),
         ("model: 3", ["model", "3", "mapping"]),
+        ("mem_len: 3", ["mem_len", "model.mem_len"]),
     ],
 )
 def test_mistake_in_a_recipe_names_the_recipe(tmp_path, text, words):
