@@ -321,6 +321,17 @@ def test_window_moves_on_for_thousands_of_steps(mem_len):
     assert cache.memory_length == mem_len + 1
 
 
+def test_long_window_moves_over_itself():
+    """Where more than half of the buffer is in use, what moves back to its front overlaps the place it came from."""
+    model = small_model(mem_len=100, num_hidden_layers=1, same_length=True)
+    ids = random_ids(1, 300)
+    cache = model.create_cache()
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(1, dim=1)]
+        whole = model(ids).logits
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **EXACT)
+
+
 @pytest.mark.parametrize("length", [1, 50, 3000])
 def test_memory_takes_no_more_room_than_its_length(length):
     """Buffers are a fixed slack longer than mem_len, however long a segment or a stream is."""
