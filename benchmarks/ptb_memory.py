@@ -8,7 +8,7 @@ from harness import CheckFailed, Row, Settings, Side, Worker, make_row, report_p
 
 TARGETS = {"perplexity": "lower with memory"}
 
-SEGMENT_LEN, MEM_LEN, LANES, STEPS = 32, 128, 32, 1800
+SEGMENT_LEN, MEM_LEN, LANES, STEPS = 16, 64, 64, 400
 MODEL = {
     "hidden_size": 200,
     "num_hidden_layers": 4,
@@ -19,9 +19,9 @@ MODEL = {
 }
 TRAINING = {
     "max_steps": STEPS,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 200,
+    "warmup_steps": 50,
     "max_grad_norm": 0.25,
     "logging_steps": 50,
 }
