@@ -641,7 +641,9 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         """As in transformers, but a generated token is never a pad, and the memory knows those of the prompt."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0 and not kwargs.get("is_first_iteration"):
+        # A prompt read in chunks comes without `next_sequence_length`, before transformers 5.23 not even as the first.
+        is_prompt = kwargs.get("is_first_iteration") or "next_sequence_length" not in kwargs
+        if cache is not None and cache.get_seq_length() > 0 and not is_prompt:
             inputs.pop("attention_mask", None)
         return inputs
 
