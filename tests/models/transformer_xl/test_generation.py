@@ -317,7 +317,9 @@ def test_position_table_grows_with_the_stream():
     """Decoding far beyond the first table of distances stays equal to one pass."""
     model = small_model(mem_len=700, num_hidden_layers=1)
     settings = {"output_logits": True, "return_dict_in_generate": True, **QUIET}
-    output = model.generate(random_ids(1, 250), max_new_tokens=100, **settings)
+    ids = random_ids(1, 250)
+    # Some of them are the pad's id: without a mask `generate` would take them for pads.
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, **settings)
     with torch.no_grad():
         expected = model(output.sequences, use_cache=False).logits[0, 249:-1]
     torch.testing.assert_close(torch.cat(output.logits).double(), expected, rtol=1e-5, atol=1e-5)
