@@ -13,7 +13,7 @@ OURS, LEGACY = "transformer_xl_ours", "transformer_xl_legacy"
 LOG_PROB_TOLERANCE = 2e-4
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
-# A ReLU whose input is zero up to rounding may open on one side only; a single one of half a million moves its matrix's
+# A ReLU whose input is zero up to rounding may open on one side only; one of half a million moves its matrix's
 # gradient by 2e-3. A gradient that is wrong is wrong by more than half.
 OUTLIER_TOLERANCE = 1e-2
 
