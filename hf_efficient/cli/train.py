@@ -97,11 +97,18 @@ class TrainArguments(SegmentTrainingArguments):
 
 
 class RecipeTrainer(SegmentTrainer):
-    """A `SegmentTrainer` that measures with other memory settings than it trains with, as the paper does."""
+    """A `SegmentTrainer` that measures with other memory settings than it trains with, as the paper does.
+
+    Resumed from its last update, it makes none; `Trainer` would make one more.
+    """
 
     def __init__(self, *args: Any, eval_memory: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eval_memory = eval_memory
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The batches of one update; none once all updates are made."""
+        return super().get_batch_samples(*args, **kwargs) if self.state.global_step < self.state.max_steps else ([], 0)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """One pass over the validation text under the memory settings for it."""

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 import yaml
 from cli.conftest import TINY_RUN
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_efficient.cli.__main__ import main
@@ -13,6 +15,15 @@ from hf_efficient.training import bits_per_byte
 
 def report_of(folder):
     return json.loads((folder / "report.json").read_text("utf-8"))
+
+
+def without_times(record):
+    """`record` of a report without what depends on the clock."""
+    if isinstance(record, list):
+        return [without_times(entry) for entry in record]
+    if isinstance(record, dict):
+        return {name: value for name, value in record.items() if "second" not in name and "runtime" not in name}
+    return record
 
 
 def losses(report):
@@ -77,6 +88,20 @@ def test_resuming_a_finished_run_changes_nothing(run_copy, capsys):
     assert main(arguments) == 0
     assert "Trained" in capsys.readouterr().out
     assert (run_copy / "report.json").read_bytes() == before
+
+
+def test_run_that_was_killed_before_its_report_gets_it(run_copy):
+    before = report_of(run_copy)
+    weights = load_file(run_copy / "model.safetensors")
+    for name in ("report.json", "README.md", "model.safetensors"):
+        (run_copy / name).unlink()
+    assert main(["train", str(run_copy / "recipe.yaml"), "--output_dir", str(run_copy), "--resume"]) == 0
+    after = report_of(run_copy)
+    for name in ("steps", "train_tokens", "history", "validation"):
+        assert without_times(after[name]) == without_times(before[name])
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in load_file(run_copy / "model.safetensors").items()
+    )
 
 
 def test_validation_settings_differ_from_training(text_file, tmp_path):
