@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     ModelOutput,
@@ -30,7 +29,9 @@ from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
 from .cache_transformer_xl import TransformerXLCache
 from .checkpoint_names_transformer_xl import register_checkpoint_names, to_model_names
 from .configuration_transformer_xl import TransformerXLConfig
-from .relative_attention import memory_attention_mask, relative_attention, sinusoid_table
+from .inputs_transformer_xl import can_look_at, check_ids, check_labels, pads_last, reorder, reorder_attention
+from .layers_transformer_xl import TransformerXLLayer
+from .relative_attention import memory_attention_mask, sinusoid_table
 
 # Position tables for decoding grow by doubling from this many rows, so that a step rarely projects a new one.
 MIN_POSITION_ROWS = 256
@@ -55,141 +56,6 @@ class TransformerXLCausalLMOutput(ModelOutput):
     past_key_values: TransformerXLCache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class TransformerXLAttention(nn.Module):
-    """Relative multi-head attention over memory and segment, with its residual and LayerNorm."""
-
-    def __init__(self, config: TransformerXLConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        width = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.r_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        if config.untie_r:
-            self.content_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
-            self.position_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
-        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        positions: Tensor | None,
-        attention_mask: Tensor | None,
-        memory: Tensor | None = None,
-        past_key_values: TransformerXLCache | None = None,
-        num_pads: Tensor | None = None,
-        shared_biases: tuple[Tensor, Tensor] | None = None,
-        implementation: str = "sdpa",
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend from `hidden_states` (B, T, D) to the memory and to themselves.
-
-        Args:
-            positions: (R, D) sinusoid table, oldest first; None when the cache holds its projection.
-            attention_mask: (B or 1, 1, T, S) bool or None, see `memory_attention_mask`.
-            memory: (B, M, D) hidden states that go before the segment.
-            past_key_values: cache that holds or takes keys and values; without it `memory` is projected anew.
-            num_pads: (B,) pads at the end of each row.
-            shared_biases: u and v when all layers share them.
-            implementation: `"sdpa"` or `"eager"`, see `relative_attention`.
-
-        Returns:
-            (B, T, D) and, with `"eager"`, the attention weights (B, H, T, S).
-        """
-        normed = self._pre_norm(hidden_states)
-        query = self._split_heads(self.q_proj(normed))
-        key, value = self._split_heads(self.k_proj(normed)), self._split_heads(self.v_proj(normed))
-        if past_key_values is not None:
-            self._fill_window(past_key_values, memory)
-            key, value = past_key_values.update(key, value, self.layer_idx, num_pads=num_pads)
-        elif memory is not None:
-            memory_key, memory_value = self._project_memory(memory)
-            key = torch.cat([memory_key, key], dim=2)
-            value = torch.cat([memory_value, value], dim=2)
-        content_bias, position_bias = shared_biases or (self.content_bias, self.position_bias)
-        output, weights = relative_attention(
-            query,
-            key.to(query.dtype),
-            value.to(query.dtype),
-            self._position_key(positions, past_key_values).to(query.dtype),
-            content_bias,
-            position_bias,
-            mask=attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            implementation=implementation,
-        )
-        output = self.dropout(self.o_proj(output.transpose(1, 2).flatten(2)))
-        output = hidden_states + output
-        return output if self.config.pre_norm else self.layer_norm(output), weights
-
-    def _pre_norm(self, states: Tensor) -> Tensor:
-        return self.layer_norm(states) if self.config.pre_norm else states
-
-    def _split_heads(self, states: Tensor) -> Tensor:
-        """(B, T, H K) to (B, H, T, K)."""
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, M, K) of remembered hidden states (B, M, D), with the weights as they are now."""
-        normed = self._pre_norm(memory.to(self.layer_norm.weight.dtype))
-        return self._split_heads(self.k_proj(normed)), self._split_heads(self.v_proj(normed))
-
-    def _fill_window(self, cache: TransformerXLCache, memory: Tensor | None) -> None:
-        """Turn remembered hidden states into keys and values, once; position is not in them, so this is exact."""
-        layer = cache.layers[self.layer_idx]
-        if layer.window is not None or memory is None:
-            return
-        layer.lazy_initialization(*self._project_memory(memory))
-        if cache.memory_init == "zeros":
-            layer.initial_states = self._project_memory(memory.new_zeros(1, 1, memory.shape[-1]))
-
-    def _position_key(self, positions: Tensor | None, cache: TransformerXLCache | None) -> Tensor:
-        """W_r R by head, (H, R, K)."""
-        if positions is None:
-            return cache.layers[self.layer_idx].position_key
-        position_key = self.r_proj(positions).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-        if cache is not None and not torch.is_grad_enabled():
-            cache.layers[self.layer_idx].position_key = position_key
-        return position_key
-
-
-class TransformerXLFeedForward(nn.Module):
-    """Position-wise feed-forward network, with its residual and LayerNorm."""
-
-    def __init__(self, config: TransformerXLConfig):
-        super().__init__()
-        self.config = config
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        normed = self.layer_norm(hidden_states) if self.config.pre_norm else hidden_states
-        inner = self.dropout(F.relu(self.up_proj(normed)))
-        output = hidden_states + self.dropout(self.down_proj(inner))
-        return output if self.config.pre_norm else self.layer_norm(output)
-
-
-class TransformerXLLayer(GradientCheckpointingLayer):
-    """One layer: relative attention, then feed-forward."""
-
-    def __init__(self, config: TransformerXLConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = TransformerXLAttention(config, layer_idx)
-        self.feed_forward = TransformerXLFeedForward(config)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """See `TransformerXLAttention.forward`."""
-        hidden_states, weights = self.self_attn(hidden_states, **kwargs)
-        return self.feed_forward(hidden_states), weights
 
 
 class TransformerXLPreTrainedModel(PreTrainedModel):
@@ -367,8 +233,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         if memory is not None:
             memory.start(segment)
         if mask is not None:
-            order, num_pads = _pads_last(mask)
-            segment = _reorder(segment, order)
+            order, num_pads = pads_last(mask)
+            segment = reorder(segment, order)
         hidden_states = self.dropout(segment * config.hidden_size**0.5)
 
         all_hidden_states, all_attentions = [], []
@@ -390,9 +256,9 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
 
         if order is not None:
             back = order.argsort(dim=1)
-            hidden_states = _reorder(hidden_states, back)
-            all_hidden_states = [_reorder(states, back) for states in all_hidden_states]
-            all_attentions = [_reorder_attention(weights, back) for weights in all_attentions]
+            hidden_states = reorder(hidden_states, back)
+            all_hidden_states = [reorder(states, back) for states in all_hidden_states]
+            all_attentions = [reorder_attention(weights, back) for weights in all_attentions]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=memory if is_kept else None,
@@ -416,7 +282,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
                 "shape (batch, length)."
             )
         # On an accelerator the lookup itself stops at such an id.
-        _check_ids("input_ids", input_ids, self.config.vocab_size)
+        check_ids("input_ids", input_ids, self.config.vocab_size)
         return self.embed_tokens(input_ids)
 
     def _open_memory(
@@ -461,7 +327,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             # `generate` passes a mask for its first step only, so that nothing waits here for the device later.
             memory.check_mask(mask[:, :-length])
         mask = mask[:, -length:]
-        if _can_look_at(mask) and mask.all():
+        if can_look_at(mask) and mask.all():
             return None
         return mask.to(segment.device)
 
@@ -498,42 +364,6 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             cache.clamp_len = clamp_len
         table = sinusoid_table(num_rows, self.config.hidden_size, hidden_states.dtype, hidden_states.device)
         return self.dropout(table)
-
-
-def _can_look_at(tensor: Tensor) -> bool:
-    """Whether a branch on the tensor's content is free: it would stop an accelerator, and break a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary with the argument's name."""
-    if not _can_look_at(ids) or ids.numel() == 0:
-        return
-    lowest, highest = (int(bound) for bound in ids.aminmax())
-    if lowest < 0 or highest >= vocab_size:
-        raise ValueError(
-            f"{name} holds ids from {lowest} to {highest}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}; "
-            "use the model's tokenizer, or resize_token_embeddings."
-        )
-
-
-def _pads_last(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """From a mask (B, T): the order (B, T) that puts tokens first and pads last, and the number of pads (B,)."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True), (~mask).sum(dim=1)
-
-
-def _reorder(states: Tensor, order: Tensor) -> Tensor:
-    """(B, T, D) with each row's tokens in the order (B, T)."""
-    return states.gather(1, order[..., None].expand_as(states))
-
-
-def _reorder_attention(weights: Tensor, order: Tensor) -> Tensor:
-    """(B, H, T, S) with the queries, and the keys behind the memory, in the order (B, T)."""
-    length = weights.shape[2]
-    queries = order[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
-    weights = weights.gather(2, queries)
-    keys = order[:, None, None].expand(-1, weights.shape[1], length, -1)
-    return torch.cat([weights[..., :-length], weights[..., -length:].gather(3, keys)], dim=3)
 
 
 class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
@@ -590,7 +420,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None and tokens is not None:
                 # Before the body runs, because that changes the memory.
-                _check_labels(name, given, tokens.shape[:2], self.config.vocab_size)
+                check_labels(name, given, tokens.shape[:2], self.config.vocab_size)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -688,17 +518,6 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
                 f"memory_init={config.memory_init!r} and same_length=False: a token checked together with others sees "
                 "more memory than one decoded alone. Set config.same_length=True, or a larger config.mem_len."
             )
-
-
-def _check_labels(name: str, labels: Tensor, shape: torch.Size, vocab_size: int) -> None:
-    """Refuse labels of another shape than the segment's, or outside the vocabulary."""
-    if labels.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(labels.shape)}, but the segment has {tuple(shape)}; give one label per token, "
-            "-100 where there is none."
-        )
-    if _can_look_at(labels):
-        _check_ids(name, labels[labels != -100], vocab_size)
 
 
 def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -1,0 +1,57 @@
+"""Inputs of a segment: what is refused, and pads moved behind the tokens.
+
+Letters in shape notes: B batch, H heads, T tokens of the segment, S keys, D hidden_size.
+"""
+
+import torch
+from torch import Tensor
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether a branch on the tensor's content is free: it would stop an accelerator, and break a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary with the argument's name."""
+    if not can_look_at(ids) or ids.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in ids.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"{name} holds ids from {lowest} to {highest}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}; "
+            "use the model's tokenizer, or resize_token_embeddings."
+        )
+
+
+def pads_last(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """From a mask (B, T): the order (B, T) that puts tokens first and pads last, and the number of pads (B,)."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True), (~mask).sum(dim=1)
+
+
+def reorder(states: Tensor, order: Tensor) -> Tensor:
+    """(B, T, D) with each row's tokens in the order (B, T)."""
+    return states.gather(1, order[..., None].expand_as(states))
+
+
+def reorder_attention(weights: Tensor, order: Tensor) -> Tensor:
+    """(B, H, T, S) with the queries, and the keys behind the memory, in the order (B, T)."""
+    length = weights.shape[2]
+    queries = order[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
+    weights = weights.gather(2, queries)
+    keys = order[:, None, None].expand(-1, weights.shape[1], length, -1)
+    return torch.cat([weights[..., :-length], weights[..., -length:].gather(3, keys)], dim=3)
+
+
+def check_labels(name: str, labels: Tensor, shape: torch.Size, vocab_size: int) -> None:
+    """Refuse labels of another shape than the segment's, or outside the vocabulary."""
+    if labels.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}, but the segment has {tuple(shape)}; give one label per token, "
+            "-100 where there is none."
+        )
+    if can_look_at(labels):
+        check_ids(name, labels[labels != -100], vocab_size)
+
+
+__all__ = ["can_look_at", "check_ids", "check_labels", "pads_last", "reorder", "reorder_attention"]
