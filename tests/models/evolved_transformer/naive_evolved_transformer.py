@@ -1,6 +1,6 @@
 """The Evolved Transformer once more, token by token in float64: the truth that the tests hold the real one to.
 
-Written from So, Liang and Le 2019 (arXiv 1901.11117) and the description of tensor2tensor's blocks, and sharing no code
+Written from So, Liang and Le 2019 (arXiv 1901.11117) and a description of tensor2tensor's blocks, sharing no code
 with the package. One row at a time and never a batch; vectors in Python lists, one per position; every kernel tap is
 a product of its own. Autograd runs through it, so gradients come from it too.
 
