@@ -38,7 +38,9 @@ from .logical_inference import (
     read_logical_inference,
 )
 from .scan import SCAN_VOCAB_SIZE, ScanExample, generate_scan, read_scan, scan_actions, scan_features
+from .seq2seq import PairCollator, encode_sources, seq2seq_tokenizer, tokenize_pairs, train_seq2seq_tokenizer
 from .tokenization import load_tokenizer, tokenize_documents, train_tokenizer
+from .translation import read_pairs, read_parallel
 
 __all__ = [
     "ALGORITHMIC_TASKS",
@@ -62,6 +64,7 @@ __all__ = [
     "LogicalInferenceTask",
     "PAD_ID",
     "PaddingCollator",
+    "PairCollator",
     "ParityTask",
     "RELATIONS",
     "ReverseTask",
@@ -73,6 +76,7 @@ __all__ = [
     "agreement_accuracy",
     "agreement_pairs",
     "babi_features",
+    "encode_sources",
     "evaluate_lambada",
     "generate_scan",
     "last_word_ids",
@@ -87,13 +91,18 @@ __all__ = [
     "read_logical_inference",
     "read_minimal_pairs",
     "read_number_prediction",
+    "read_pairs",
+    "read_parallel",
     "read_scan",
     "scan_actions",
     "scan_features",
     "segment_lanes",
     "sentence_text",
+    "seq2seq_tokenizer",
     "sequence_accuracy",
     "sequence_error_rate",
     "tokenize_documents",
+    "tokenize_pairs",
+    "train_seq2seq_tokenizer",
     "train_tokenizer",
 ]

@@ -144,7 +144,7 @@ def _from_text_files(files: Sequence[Path], split: str, document_separator: str,
     stamps = tuple((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     arguments = {"stamps": stamps, "document_separator": document_separator, "version": READER_VERSION}
     features = Features({"text": Value("string"), "ends_document": Value("bool")})
-    return _generate(_rows_of_text_files, arguments, features, split, cache_dir)
+    return generate_table(_rows_of_text_files, arguments, features, split, cache_dir)
 
 
 def _rows_of_text_files(stamps: tuple[tuple[str, int, int], ...], document_separator: str, version: int):
@@ -161,7 +161,7 @@ def _rows_of_text_files(stamps: tuple[tuple[str, int, int], ...], document_separ
         raise ValueError(f"source={[str(path) for path in files]} holds no text; give a corpus that is not empty.")
 
 
-def _generate(rows: Callable, arguments: dict, features: Features, split: str, cache_dir: str | None) -> Dataset:
+def generate_table(rows: Callable, arguments: dict, features: Features, split: str, cache_dir: str | None) -> Dataset:
     """The table of what `rows(**arguments)` yields, from the cache if the same was made before."""
     try:
         return Dataset.from_generator(
@@ -181,7 +181,7 @@ def _from_python_docs(split: str, cache_dir: str | None) -> Dataset:
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not in source={PYTHON_DOCS!r}, which has {list(SPLITS)}.")
     arguments = {"split": split, "python": platform.python_version(), "version": READER_VERSION}
-    return _generate(_rows_of_python_docs, arguments, Features({"text": Value("string")}), split, cache_dir)
+    return generate_table(_rows_of_python_docs, arguments, Features({"text": Value("string")}), split, cache_dir)
 
 
 def _rows_of_python_docs(split: str, python: str, version: int):

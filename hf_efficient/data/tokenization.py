@@ -5,7 +5,7 @@ Treebank, WikiText) and byte-level BPE. All are fast tokenizers that `AutoTokeni
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from os import PathLike
@@ -17,7 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 EOS, PAD, UNK = "<eos>", "<pad>", "<unk>"
 DEFAULT_BPE_VOCAB_SIZE = 16_384
-SMALLEST_VOCAB_SIZE = {"byte": 256 + 2, "shifted_byte": 256 + 2, "char": 3 + 1, "bpe": 256 + 2, "word": 3 + 1}
+SMALLEST_VOCAB_SIZE = {
+    **{"byte": 256 + 2, "shifted_byte": 256 + 2, "char": 3 + 1, "word": 3 + 1},
+    **{"bpe": 256 + 2, "shifted_bpe": 256 + 2},
+}
 
 # Part of the key under which tables are cached: raise it when the same arguments would give other tokens.
 TOKENS_VERSION = 1
@@ -32,7 +35,7 @@ CHARACTERS_PER_CALL = 1 << 19
 def train_tokenizer(
     documents: Dataset, kind: str, vocab_size: int | None = None, lowercase: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of one of five kinds, with the special tokens "<eos>" and "<pad>".
+    """A tokenizer of one of six kinds, with the special tokens "<eos>" and "<pad>".
 
     | kind | tokens | ids |
     |---|---|---|
@@ -40,9 +43,10 @@ def train_tokenizer(
     | "shifted_byte" | bytes of UTF-8 | pad 0, eos 1, then the bytes: trax's enwik8, google/reformer-enwik8 |
     | "char" | characters | eos 0, pad 1, unk 2, then by frequency |
     | "bpe" | byte-level BPE, with GPT-2's pattern | eos 0, pad 1, then bytes, then merges |
+    | "shifted_bpe" | the same | pad 0, eos 1, then bytes, then merges: tensor2tensor's first two ids |
     | "word" | what stands between whitespace | eos 0, pad 1, unk 2, then by frequency |
 
-    Bytes and "bpe" give any text back exactly, "char" any text of known characters; what "char" and "word" do not
+    Bytes and BPE give any text back exactly, "char" any text of known characters; what "char" and "word" do not
     know is "<unk>". Ids by frequency are what an adaptive softmax needs. Special tokens written in a text are text:
     "<eos>" in a page about tokenizers is five characters, not its end. ("word" looks words up as they stand, so that
     the "<unk>" of Penn Treebank and WikiText is the unknown word.) The same documents give the same tokenizer.
@@ -50,7 +54,7 @@ def train_tokenizer(
     Args:
         documents: table with the column "text"; it is read once.
         vocab_size: number of ids, special tokens included; the rarest are dropped. None takes every character or word,
-            and 16,384 for "bpe". Bytes always have 258.
+            and 16,384 for BPE. Bytes always have 258.
         lowercase: lower-case every text first.
 
     Raises ValueError for an unknown kind, a vocabulary size that the kind cannot have, or documents without "text".
@@ -132,14 +136,14 @@ def _train_word(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     return tokenizer
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
+def _train_bpe(texts: Iterable[str], vocab_size: int | None, special_tokens: Sequence[str] = (EOS, PAD)) -> Tokenizer:
     """Byte-level BPE, as GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size or DEFAULT_BPE_VOCAB_SIZE,
-        special_tokens=[EOS, PAD],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=is_progress_bar_enabled(),
     )
@@ -159,6 +163,7 @@ _TRAINERS: dict[str, Callable[[Iterable[str], int | None], Tokenizer]] = {
     "shifted_byte": _train_shifted_byte,
     "char": _train_char,
     "bpe": _train_bpe,
+    "shifted_bpe": partial(_train_bpe, special_tokens=(PAD, EOS)),
     "word": _train_word,
 }
 
