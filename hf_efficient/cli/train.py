@@ -22,7 +22,7 @@ from .report import circumstances, plain, read_report, write_report
 from .scoring import PONDER_FIGURES, has_memory
 from .text import TextOptions, explained
 
-TOKENIZER_KINDS = ("byte", "shifted_byte", "char", "bpe", "word")
+TOKENIZER_KINDS = ("byte", "shifted_byte", "char", "bpe", "shifted_bpe", "word")
 
 
 @dataclass
@@ -37,7 +37,7 @@ class TrainOptions(TextOptions):
     )
     tokenizer: str = field(
         default="byte",
-        metadata={"help": "byte, shifted_byte, char, bpe or word (made from the text), or a saved tokenizer"},
+        metadata={"help": "byte, shifted_byte, char, bpe, shifted_bpe or word (made from the text), or a saved one"},
     )
     tokenizer_vocab_size: int | None = field(
         default=None, metadata={"help": "Size of the vocabulary to make, for bpe and word"}

@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 # Part of the key under which tables are cached: raise it when the same arguments would give other tokens.
 TOKENS_VERSION = 1
 
-TOKEN_FEATURES = Features(
-    {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")}
-)
+TOKEN_FEATURES = Features({"length": Value("int32")} | dict.fromkeys(("input_ids", "labels"), List(Value("int32"))))
 
 Texts = str | list[str]
 
@@ -56,7 +54,7 @@ def seq2seq_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     (Labels are padded on the tokenizer's side, and decoder inputs made from labels with pads in front would begin with
     pads.) A tokenizer that ends texts with its eos token already keeps its own way of doing so.
 
-    Raises ValueError if it has no eos or no pad token, TypeError if it is not a fast tokenizer where it must be changed.
+    Raises ValueError if it has no eos or no pad token, TypeError if it must be changed and is not a fast tokenizer.
     """
     for name in ("eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, PythonBackend
 
 from hf_efficient.data import load_documents, load_tokenizer, tokenize_documents, train_tokenizer
 
-KINDS = ("byte", "shifted_byte", "char", "bpe", "word")
+KINDS = ("byte", "shifted_byte", "char", "bpe", "shifted_bpe", "word")
 CORPUS = ["The cat sat on the mat .\nThe dog <unk> sat too .\n", "Naïve café, 語 🙂!\n", "<eos> <pad> the the the"]
 UNSEEN = ["Ж <eos> <pad>\t\n\n  \r\n ends ", "\0\x7f\u200d🙂🏽", "<unk>", ""]
 
@@ -29,7 +29,7 @@ def corpus() -> Dataset:
 
 @pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request, corpus) -> PreTrainedTokenizerFast:
-    return train_tokenizer(corpus, request.param, vocab_size=300 if request.param == "bpe" else None)
+    return train_tokenizer(corpus, request.param, vocab_size=300 if request.param.endswith("bpe") else None)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -54,9 +54,9 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
             assert loaded.decode(loaded(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
 
 
-@pytest.mark.parametrize("kind", ["byte", "shifted_byte", "bpe"])
+@pytest.mark.parametrize("kind", ["byte", "shifted_byte", "bpe", "shifted_bpe"])
 def test_any_text_comes_back_exactly(corpus, kind):
-    tokenizer = train_tokenizer(corpus, kind, vocab_size=300 if kind == "bpe" else None)
+    tokenizer = train_tokenizer(corpus, kind, vocab_size=300 if kind.endswith("bpe") else None)
     rng = random.Random(0)
     anything = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(2000))
     for text in [*CORPUS, *UNSEEN, anything]:
@@ -107,7 +107,7 @@ def test_lowercase(corpus, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_documents_give_the_same_tokenizer(python_docs, kind):
-    vocab_size = 1000 if kind == "bpe" else None
+    vocab_size = 1000 if kind.endswith("bpe") else None
     first, second = (train_tokenizer(python_docs, kind, vocab_size) for _ in range(2))
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
 
@@ -115,7 +115,7 @@ def test_same_documents_give_the_same_tokenizer(python_docs, kind):
 @pytest.mark.parametrize(
     ("kind", "vocab_size", "message"),
     [
-        ("bytes", None, "kind='bytes' is none of 'byte', 'shifted_byte', 'char', 'bpe', 'word'"),
+        ("bytes", None, "kind='bytes' is none of 'byte', 'shifted_byte', 'char', 'bpe', 'shifted_bpe', 'word'"),
         ("byte", 300, "vocab_size=300 does not fit kind='byte'"),
         ("shifted_byte", 300, "vocab_size=300 does not fit kind='shifted_byte'"),
         ("bpe", 100, "vocab_size=100 is too small; kind='bpe' needs at least 258"),
