@@ -14,6 +14,14 @@ from .agreement import (
 from .algorithmic import ALGORITHMIC_TASKS, AdditionTask, CopyTask, ReverseTask, sequence_accuracy
 from .babi import BabiQuestion, BabiVocabulary, babi_features, read_babi
 from .collators import PaddingCollator, SegmentCollator
+from .conversation import (
+    DEFAULT_MAX_TURNS,
+    conversation_texts,
+    join_history,
+    read_conversations,
+    split_of_conversation,
+    tokenize_conversations,
+)
 from .documents import load_documents
 from .duplication import DuplicationTask, prediction_accuracy
 from .generated_task import EOS_ID, PAD_ID, GeneratedTask
@@ -51,6 +59,7 @@ __all__ = [
     "BabiQuestion",
     "BabiVocabulary",
     "CopyTask",
+    "DEFAULT_MAX_TURNS",
     "DuplicationTask",
     "EOS_ID",
     "FORMULA_SYMBOLS",
@@ -76,9 +85,11 @@ __all__ = [
     "agreement_accuracy",
     "agreement_pairs",
     "babi_features",
+    "conversation_texts",
     "encode_sources",
     "evaluate_lambada",
     "generate_scan",
+    "join_history",
     "last_word_ids",
     "load_documents",
     "load_tokenizer",
@@ -87,6 +98,7 @@ __all__ = [
     "prediction_accuracy",
     "read_agreement_table",
     "read_babi",
+    "read_conversations",
     "read_lambada",
     "read_logical_inference",
     "read_minimal_pairs",
@@ -101,6 +113,8 @@ __all__ = [
     "seq2seq_tokenizer",
     "sequence_accuracy",
     "sequence_error_rate",
+    "split_of_conversation",
+    "tokenize_conversations",
     "tokenize_documents",
     "tokenize_pairs",
     "train_seq2seq_tokenizer",
