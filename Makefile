@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 METADATA := setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor lint format bench clean
+.PHONY: help demo test test-slow test-floor lint format docs bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -38,6 +38,9 @@ format: $(VENV)/.installed-lint ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs ## the documentation site, in build/docs; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+
 bench: $(VENV)/.installed-dev ## one benchmark: make bench NAME=xl_decode
 	$(BIN)/python benchmarks/run.py $(NAME)
 
@@ -58,6 +61,10 @@ $(VENV)/.installed-demo: $(VENV)/.installed-torch $(METADATA)
 
 $(VENV)/.installed-dev: $(VENV)/.installed-torch $(METADATA)
 	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-torch $(METADATA)
+	$(PIP_INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-lint: $(CONSTRAINTS) | $(BIN)/python

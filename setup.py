@@ -32,6 +32,9 @@ EXTRAS["dev"] = [
     "ruff>=0.12",
 ]
 
+# `make docs`; its pages print the commands' help and draw figures, so it needs what those need.
+EXTRAS["docs"] = [*EXTRAS["train"], *EXTRAS["plots"], "mkdocs-material>=9.6,<10", "mkdocstrings-python>=1.16"]
+
 setup(
     name="hf_efficient",
     version=VERSION,

@@ -224,7 +224,7 @@ def test_tests_mirror_the_package():
     own = {
         folder for folder in folders if folder.parts and folder.parts[0] not in ("contract", "fixtures", "upstream")
     }
-    beside = {"benchmarks", "examples", "notebooks"}
+    beside = {"benchmarks", "docs", "examples", "notebooks"}
     strangers = {f for f in own if not (ROOT / PACKAGE / f).is_dir() and f.parts[0] not in beside}
     assert strangers == set()
 

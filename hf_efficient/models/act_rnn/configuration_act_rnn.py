@@ -31,6 +31,9 @@ class ActRnnConfig(PreTrainedConfig):
         pooling: What the sequence classifier reads: the output at the `"last"` token, or the `"mean"` over tokens.
         num_label_groups: Labels that the token classifier gives each token, of `num_labels` classes each.
         use_cache: Whether a call without `past_key_values` returns the recurrent state.
+        bos_token_id: Id that begins a text; None for none.
+        eos_token_id: Id, or ids, that end a text; None for none.
+        pad_token_id: Id of pads; None for none.
 
     Raises:
         ValueError: a value is illegal, two values contradict each other, or a keyword is a misspelt field.

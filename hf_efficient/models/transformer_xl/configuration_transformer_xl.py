@@ -76,6 +76,9 @@ class TransformerXLConfig(PreTrainedConfig):
         init_range: Bound for `"uniform"`.
         proj_init_std: Standard deviation of the embedding and softmax projections.
         use_cache: Whether a call without `past_key_values` returns a memory.
+        bos_token_id: Id that begins a text; None for none.
+        eos_token_id: Id, or ids, that end a text; None for none.
+        pad_token_id: Id of pads; None for none.
 
     Raises:
         ValueError: a value is illegal, two values contradict each other, or a keyword is a misspelt field.

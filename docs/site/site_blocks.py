@@ -1,0 +1,182 @@
+"""What pages do not hold but ask for: `{{ name("argument") }}` becomes a table or a figure, made while building."""
+
+import ast
+import contextlib
+import importlib
+import io
+import json
+import re
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from inspect import getdoc
+from typing import Any
+
+from site_links import ROOT
+
+BLOCK = re.compile(r"\{\{ (\w+)\(([^{}]*)\) \}\}")
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def expand_blocks(markdown: str) -> str:
+    """The page with every block filled in. Raises ValueError for a block that does not exist."""
+    return BLOCK.sub(lambda block: expand(block[1], block[2]), markdown)
+
+
+def expand(name: str, arguments: str) -> str:
+    """What one block stands for; its arguments are literals."""
+    if name not in BLOCKS:
+        raise ValueError(f"{{{{ {name}({arguments}) }}}} is none of {', '.join(BLOCKS)}.")
+    return BLOCKS[name](*ast.literal_eval(f"({arguments},)" if arguments else "()"))
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def config_table(name: str) -> str:
+    """All settings of a configuration class of hf_efficient: name, type, default, meaning from its docstring."""
+    config = getattr(importlib.import_module("hf_efficient"), name)
+    inherited = {field.name for field in fields(config.__mro__[1])}
+    meanings = field_meanings(config)
+    own = [field for field in fields(config) if field.name not in inherited]
+    if missing := [field.name for field in own if field.name not in meanings]:
+        raise ValueError(f"the docstring of {name} says nothing about {', '.join(missing)}.")
+    rows = [[f"`{f.name}`", f"`{type_text(f)}`", f"`{default_of(f)!r}`", meanings[f.name]] for f in own]
+    return table(["Setting", "Type", "Default", "Meaning"], rows)
+
+
+def field_meanings(config: type) -> dict[str, str]:
+    """What the docstring of a configuration says about each setting."""
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", getdoc(config), re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def default_of(field: Field) -> Any:
+    """The default of a field."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def type_text(field: Field) -> str:
+    """The type of a field as it is written."""
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
+
+
+def aliases_table(name: str) -> str:
+    """The further names that a configuration class accepts for its settings."""
+    config = getattr(importlib.import_module("hf_efficient"), name)
+    rows = [[f"`{old}`", f"`{new}`"] for old, new in config.attribute_map.items()]
+    return table(["Also accepted", "Setting"], rows)
+
+
+def presets_table(module: str) -> str:
+    """The sizes that a configuration's `from_preset` knows, with the settings that differ from the defaults."""
+    presets = importlib.import_module(f"hf_efficient.models.{module}.presets").PRESETS
+    rows = [
+        [f"`{name}`", ", ".join(f"`{key}={value!r}`" for key, value in preset.items())]
+        for name, preset in presets.items()
+    ]
+    return table(["Preset", "Settings"], rows)
+
+
+def command_help(name: str) -> str:
+    """What `hf-efficient NAME --help` prints."""
+    from hf_efficient.cli.__main__ import run
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        run([name, "--help"] if name else ["--help"])
+    return f"```text\n{output.getvalue().rstrip()}\n```"
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+@cache
+def rows_of(benchmark: str) -> list[dict[str, Any]]:
+    """The rows of a benchmark's result file."""
+    return json.loads((BENCHMARKS / "results" / f"{benchmark}.json").read_text("utf-8"))
+
+
+def row_of(case: str) -> dict[str, Any]:
+    """One row by its name, which is benchmark/case."""
+    for row in rows_of(case.split("/")[0]):
+        if row["name"] == case:
+            return row
+    raise ValueError(f"{case}: no such row in benchmarks/results.")
+
+
+def measured(case: str, field: str) -> str:
+    """One figure of a row: `ratio`, or seconds or megabytes of `ours` or the `peer`."""
+    value = row_of(case)[field]
+    return with_unit(value, field.rpartition("_")[2])
+
+
+def with_unit(value: float, unit: str) -> str:
+    """A figure for reading, three digits of it."""
+    if unit == "s" and value < 1:
+        return f"{digits(1000 * value)} ms"
+    return f"{digits(value)} {unit}" if unit in ("s", "mb") else digits(value)
+
+
+def digits(value: float) -> str:
+    """Three digits, with a comma in thousands."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
+
+
+def comparison(benchmark: str) -> str:
+    """All rows of a benchmark, both sides beside each other, and what they were measured with."""
+    rows = [
+        [
+            row["name"].split("/", 1)[1],
+            row["config"]["peer"],
+            *(with_unit(row[f"{side}_s"], "s") for side in ("ours", "peer")),
+            digits(row["ratio"]),
+            *(digits(row[f"{side}_mb"]) for side in ("ours", "peer")),
+        ]
+        for row in rows_of(benchmark)
+    ]
+    unit = rows_of(benchmark)[0]["config"]["unit"]
+    header = ["Case", "Peer", f"Ours, per {unit}", "Peer", "Peer / ours", "Ours, MB", "Peer, MB"]
+    return table(header, rows, align="llrrrrr") + "\n\n" + conditions(benchmark)
+
+
+def conditions(benchmark: str) -> str:
+    """Machine, versions and day of a benchmark, in a line."""
+    row = rows_of(benchmark)[0]
+    machine, versions = row["machine"], row["versions"]["ours"]
+    return (
+        f"*{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:g} GB; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; {row['date']}. "
+        f"[Everything about it](results.md#{benchmark}).*"
+    )
+
+
+def reproduction(name: str) -> str:
+    """The tables of a reproduced experiment, as they stand on the page that benchmarks/report.py writes."""
+    page = (BENCHMARKS / "results" / "README.md").read_text("utf-8")
+    section = re.search(rf"^## {name}$(.*?)(?=^- Machine)", page, re.MULTILINE | re.DOTALL)
+    if not section:
+        raise ValueError(f"{name}: no such section in benchmarks/results/README.md.")
+    tables = re.findall(r"(?:^\|.*\n)+", section[1], re.MULTILINE)
+    return "\n".join(tables) + f"\n*[Everything about it](results.md#{name}).*"
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
+    """A Markdown table; `align` has an l or r for each column. A bar inside a cell is no border."""
+    marks = {"l": ":--", "r": "--:"}
+    lines = [header, [marks[letter] for letter in align.ljust(len(header), "l")], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+BLOCKS = {
+    "aliases_table": aliases_table,
+    "command_help": command_help,
+    "comparison": comparison,
+    "config_table": config_table,
+    "measured": measured,
+    "presets_table": presets_table,
+    "reproduction": reproduction,
+}
