@@ -46,7 +46,14 @@ from .logical_inference import (
     read_logical_inference,
 )
 from .scan import SCAN_VOCAB_SIZE, ScanExample, generate_scan, read_scan, scan_actions, scan_features
-from .seq2seq import PairCollator, encode_sources, seq2seq_tokenizer, tokenize_pairs, train_seq2seq_tokenizer
+from .seq2seq import (
+    PairCollator,
+    check_seq2seq_tokenizer,
+    encode_sources,
+    seq2seq_tokenizer,
+    tokenize_pairs,
+    train_seq2seq_tokenizer,
+)
 from .tokenization import load_tokenizer, tokenize_documents, train_tokenizer
 from .translation import read_pairs, read_parallel
 
@@ -86,6 +93,7 @@ __all__ = [
     "agreement_pairs",
     "babi_features",
     "conversation_texts",
+    "check_seq2seq_tokenizer",
     "encode_sources",
     "evaluate_lambada",
     "generate_scan",

@@ -37,14 +37,16 @@ def train_seq2seq_tokenizer(
     text comes back exactly. The same pairs give the same tokenizer.
 
     Args:
-        pairs: table with the columns "source" and "target"; it is read once.
+        pairs: table with the columns "source" and "target", or with the column "text"; it is read once.
         vocab_size: number of ids, the two special ones included; None takes 16,384.
         lowercase: lower-case every text first.
 
     Raises ValueError for a table without these columns, or fewer than 258 ids.
     """
-    check_pairs(pairs)
-    texts = generate_table(_texts, {"pairs": pairs}, Features({"text": Value("string")}), "train", None)
+    texts = pairs
+    if "text" not in pairs.column_names:
+        check_pairs(pairs)
+        texts = generate_table(_texts, {"pairs": pairs}, Features({"text": Value("string")}), "train", None)
     return seq2seq_tokenizer(train_tokenizer(texts, "shifted_bpe", vocab_size, lowercase))
 
 
@@ -60,7 +62,7 @@ def seq2seq_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         if getattr(tokenizer, name) is None:
             raise ValueError(f"tokenizer has no {name}, which an encoder-decoder model needs; set tokenizer.{name}.")
     tokenizer.padding_side = "right"
-    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+    if _ends_texts(tokenizer):
         return tokenizer
     if not tokenizer.is_fast:
         raise TypeError(
@@ -76,6 +78,19 @@ def seq2seq_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     before = backend.post_processor
     backend.post_processor = ending if before is None else ProcessorSequence([before, ending])
     return tokenizer
+
+
+def check_seq2seq_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if `tokenizer` does not put its eos token behind every text, or pads on the left."""
+    if tokenizer.padding_side != "right" or not _ends_texts(tokenizer):
+        raise ValueError(
+            "tokenizer must put its eos token behind every text and pad on the right; pass it through "
+            "hf_efficient.data.seq2seq_tokenizer first."
+        )
+
+
+def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def check_pairs(pairs: Dataset) -> None:
@@ -134,11 +149,7 @@ def tokenize_pairs(
     on the left, a length below 1, or if no pair is left.
     """
     check_pairs(pairs)
-    if tokenizer.padding_side != "right" or tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        raise ValueError(
-            "tokenizer must put its eos token behind every text and pad on the right; pass it through "
-            "hf_efficient.data.seq2seq_tokenizer first."
-        )
+    check_seq2seq_tokenizer(tokenizer)
     limits = {"max_source_length": max_source_length, "max_target_length": max_target_length}
     for name, limit in limits.items():
         if limit is not None and limit < 1:
