@@ -8,6 +8,15 @@ from .models.act_rnn import (
     ActRnnForTokenClassification,
     ActRnnModel,
 )
+from .models.evolved_transformer import (
+    EvolvedTransformerCache,
+    EvolvedTransformerConfig,
+    EvolvedTransformerEncoderModel,
+    EvolvedTransformerForCausalLM,
+    EvolvedTransformerForConditionalGeneration,
+    EvolvedTransformerForSequenceClassification,
+    EvolvedTransformerModel,
+)
 from .models.reformer import (
     ReformerCache,
     ReformerConfig,
@@ -51,6 +60,13 @@ __all__ = [
     "ActRnnForSequenceClassification",
     "ActRnnForTokenClassification",
     "ActRnnModel",
+    "EvolvedTransformerCache",
+    "EvolvedTransformerConfig",
+    "EvolvedTransformerEncoderModel",
+    "EvolvedTransformerForCausalLM",
+    "EvolvedTransformerForConditionalGeneration",
+    "EvolvedTransformerForSequenceClassification",
+    "EvolvedTransformerModel",
     "ReformerCache",
     "ReformerConfig",
     "ReformerForCausalLM",

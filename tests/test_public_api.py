@@ -19,6 +19,13 @@ PUBLIC = {
         "ActRnnForSequenceClassification",
         "ActRnnForTokenClassification",
         "ActRnnModel",
+        "EvolvedTransformerCache",
+        "EvolvedTransformerConfig",
+        "EvolvedTransformerEncoderModel",
+        "EvolvedTransformerForCausalLM",
+        "EvolvedTransformerForConditionalGeneration",
+        "EvolvedTransformerForSequenceClassification",
+        "EvolvedTransformerModel",
         "ReformerCache",
         "ReformerConfig",
         "ReformerForCausalLM",
@@ -62,6 +69,14 @@ AUTO_CLASSES = {
         "AutoModelForSequenceClassification": "ActRnnForSequenceClassification",
         "AutoModelForTokenClassification": "ActRnnForTokenClassification",
     },
+    "evolved_transformer": {
+        "AutoModel": "EvolvedTransformerModel",
+        "AutoModelForCausalLM": "EvolvedTransformerForCausalLM",
+        "AutoModelForPreTraining": "EvolvedTransformerForConditionalGeneration",
+        "AutoModelForSeq2SeqLM": "EvolvedTransformerForConditionalGeneration",
+        "AutoModelForSequenceClassification": "EvolvedTransformerForSequenceClassification",
+        "AutoModelForTextEncoding": "EvolvedTransformerEncoderModel",
+    },
     "transfo-xl": {
         "AutoModel": "TransformerXLModel",
         "AutoModelForCausalLM": "TransformerXLForCausalLM",
@@ -93,6 +108,7 @@ AUTO_CLASSES = {
 }
 TINY = {
     "universal_transformer": {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8},
+    "evolved_transformer": {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2},
     "act_rnn": {"vocab_size": 11, "hidden_size": 8},
     "transfo-xl": {
         "vocab_size": 11,

@@ -1,0 +1,54 @@
+"""Evolved Transformer: a block found by search, of attention beside convolutions, registered with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .cache_evolved_transformer import EvolvedTransformerCache
+from .configuration_evolved_transformer import EvolvedTransformerConfig
+from .heads_evolved_transformer import EvolvedTransformerForSequenceClassification
+from .language_models_evolved_transformer import (
+    EvolvedTransformerForCausalLM,
+    EvolvedTransformerForConditionalGeneration,
+)
+from .modeling_evolved_transformer import (
+    EvolvedTransformerEncoderModel,
+    EvolvedTransformerModel,
+    EvolvedTransformerPreTrainedModel,
+)
+from .outputs_evolved_transformer import EvolvedTransformerCausalLMOutput, EvolvedTransformerSeq2SeqLMOutput
+
+MODELS = {
+    AutoModel: EvolvedTransformerModel,
+    AutoModelForCausalLM: EvolvedTransformerForCausalLM,
+    AutoModelForPreTraining: EvolvedTransformerForConditionalGeneration,
+    AutoModelForSeq2SeqLM: EvolvedTransformerForConditionalGeneration,
+    AutoModelForSequenceClassification: EvolvedTransformerForSequenceClassification,
+    AutoModelForTextEncoding: EvolvedTransformerEncoderModel,
+}
+
+AutoConfig.register(EvolvedTransformerConfig.model_type, EvolvedTransformerConfig)
+for auto_class, model_class in MODELS.items():
+    auto_class.register(EvolvedTransformerConfig, model_class)
+# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[EvolvedTransformerConfig.model_type] = EvolvedTransformerForCausalLM.__name__
+
+__all__ = [
+    "EvolvedTransformerCache",
+    "EvolvedTransformerCausalLMOutput",
+    "EvolvedTransformerConfig",
+    "EvolvedTransformerEncoderModel",
+    "EvolvedTransformerForCausalLM",
+    "EvolvedTransformerForConditionalGeneration",
+    "EvolvedTransformerForSequenceClassification",
+    "EvolvedTransformerModel",
+    "EvolvedTransformerPreTrainedModel",
+    "EvolvedTransformerSeq2SeqLMOutput",
+]
