@@ -17,7 +17,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .documents import generate_table
-from .seq2seq import TOKEN_FEATURES, encode_sources
+from .seq2seq import TOKEN_FEATURES, check_seq2seq_tokenizer, encode_sources
 from .text_sources import lines_of
 
 logger = logging.getLogger(__name__)
@@ -173,11 +173,7 @@ def tokenize_conversations(
             raise ValueError(f"{name}={limit} must be at least 1.")
     if "turns" not in conversations.column_names:
         raise ValueError(f"conversations must have the column 'turns', not {conversations.column_names}; rename it.")
-    if tokenizer.padding_side != "right" or encode_sources(["a"], tokenizer)[0][-1:] != [tokenizer.eos_token_id]:
-        raise ValueError(
-            "tokenizer must put its eos token behind every text and pad on the right; pass it through "
-            "hf_efficient.data.seq2seq_tokenizer first."
-        )
+    check_seq2seq_tokenizer(tokenizer)
     pairs = conversations.map(
         partial(_pairs_of_rows, tokenizer=tokenizer, version=TOKENS_VERSION, **limits),
         batched=True,

@@ -24,6 +24,8 @@ SETTLED = {
     "num_return_sequences": "its name here is num_samples",
     "output_logits": "the scores are in the output already",
     "return_dict_in_generate": "the output is always an object",
+    "stop_strings": "texts end with a token; give eos_token_id",
+    "stopping_criteria": "texts end with a token; give eos_token_id",
     "streamer": "the best sample is known only when all are written; print the result",
 }
 
@@ -122,7 +124,7 @@ def _draw(
         **settings,
     )
     answers = output.sequences[:, -len(output.logits) :]
-    counted = _is_counted(answers, _eos_token_ids(model, settings), _pad_token_id(model, settings))
+    counted = _is_counted(answers, _eos_token_ids(model, settings))
     total = torch.zeros(len(answers), dtype=torch.float64, device=answers.device)
     for step, logits in enumerate(output.logits):  # one after the other: together they are copied whole
         chosen = logits.float().log_softmax(-1).gather(-1, answers[:, step, None].to(logits.device))[:, 0]
@@ -133,13 +135,9 @@ def _draw(
     return output.sequences.view(*shape, -1), scores.view(shape), lengths.view(shape)
 
 
-def _is_counted(answers: Tensor, eos_token_ids: list[int], pad_token_id: int | None) -> Tensor:
-    """(rows, steps), true before the first end of sequence and before the pads at the end of a row."""
-    ended = torch.isin(answers, answers.new_tensor(eos_token_ids)).cumsum(dim=1) > 0
-    if pad_token_id is None:
-        return ~ended
-    is_tail = (answers == pad_token_id).flip(1).cumprod(dim=1).flip(1).bool()
-    return ~(ended | is_tail)
+def _is_counted(answers: Tensor, eos_token_ids: list[int]) -> Tensor:
+    """(rows, steps), true before the first end of sequence."""
+    return torch.isin(answers, answers.new_tensor(eos_token_ids)).cumsum(dim=1) == 0
 
 
 def _eos_token_ids(model: PreTrainedModel, settings: dict[str, Any]) -> list[int]:
