@@ -2,42 +2,34 @@
 
 A case is one file; everything comes from its content. Files of other models have another `kind` and are left to their
 own tests. A recurrence that is not supported must be refused with the documented error.
-
-Tolerances: the reference computed in float32, and agrees with a float64 restatement to 2.3e-6 in outputs and 3e-6
-relative in gradients. In float64 that leaves 5e-6 for outputs; in float32 our own roundings come on top, 2e-5.
-Gradients are compared relative to the largest entry of their tensor, 1e-4; ponder times exactly.
+Ponder times agree exactly.
 """
 
-import json
-from functools import cache
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from golden_utils import golden_family
+from conversion.tensor2tensor_cases import (
+    OUTPUT_ATOL,
+    assert_all_gradients,
+    assert_close,
+    files,
+    load,
+    read,
+    real,
+    run_embedded,
+    under,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_efficient.conversion.tensor2tensor import RECURRENCES, convert_tensor2tensor, read_settings, rename_weights
+from hf_efficient.conversion.tensor2tensor import convert_tensor2tensor, read_settings
+from hf_efficient.conversion.tensor2tensor_universal import RECURRENCES
 from hf_efficient.models.universal_transformer.adaptive_computation import halting_step, initial_halting_state
-
-OUTPUT_ATOL = {torch.float32: 2e-5, torch.float64: 5e-6}
-GRADIENT_RTOL = 1e-4
-
-
-@cache
-def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The settings, None in a file of traces, and the arrays."""
-    with np.load(path) as arrays:
-        settings = json.loads(str(arrays["cfg"])) if "cfg" in arrays else None
-        return settings, {name: torch.from_numpy(arrays[name]) for name in arrays if name != "cfg"}
 
 
 def find_files() -> dict[str, list]:
     """Files by what is in them: cases to agree with, cases to refuse, traces."""
     found: dict[str, list] = {"agree": [], "refuse": [], "traces": []}
-    for path in sorted(golden_family("ut_et").glob("*.npz")):
+    for path in files():
         settings, arrays = read(path)
         if settings is None:
             cases = sorted({name.split("/")[0] for name in arrays})
@@ -52,43 +44,6 @@ def find_files() -> dict[str, list]:
 FILES = find_files()
 EMBEDDED = [case for case in FILES["agree"] if read(case.values[0])[0]["kind"] in ("ut_encoder", "ut_decoder")]
 WHOLE = [case for case in FILES["agree"] if read(case.values[0])[0]["kind"] in ("ut_full", "ut_full_lm")]
-
-
-def under(arrays: dict[str, Tensor], prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The arrays whose names begin with the prefix, without it; with a dtype, copies in it if they are no integers."""
-    found = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    if dtype is None:
-        return found
-    return {name: array.clone().to(dtype) if array.is_floating_point() else array for name, array in found.items()}
-
-
-def load(path: Path, dtype: torch.dtype, attn_implementation: str = "sdpa"):
-    settings, arrays = read(path)
-    model = convert_tensor2tensor(settings, under(arrays, "w/", dtype), dtype)
-    model.set_attn_implementation(attn_implementation)
-    return model
-
-
-def run_embedded(model, inputs: dict[str, Tensor], **kwargs):
-    """A bare encoder or decoder on embedded inputs."""
-    if "enc" in inputs:
-        return model(
-            encoder_outputs=(inputs["enc"],),
-            attention_mask=inputs["enc_mask"],
-            decoder_inputs_embeds=inputs["x"],
-            **kwargs,
-        )
-    return model(inputs_embeds=inputs["x"], attention_mask=inputs.get("mask"), **kwargs)
-
-
-def real(array: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The entries of the tokens, without those of pads."""
-    return array[inputs["mask"] == 1] if "mask" in inputs else array
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    atol = OUTPUT_ATOL[found.dtype]
-    torch.testing.assert_close(found, expected.to(found.dtype), rtol=0, atol=atol)
 
 
 def test_cases_are_found():
@@ -118,24 +73,12 @@ def test_outputs_and_gradients(path, dtype, attn_implementation):
         assert_close(act_loss, expected["act_loss"])
         target = target + act_loss
     target.backward()
-    weights = dict(model.named_parameters())
-    wanted = rename_weights(settings, under(arrays, "grad/w/"))
-    assert wanted.keys() == rename_weights(settings, under(arrays, "w/")).keys()
-    assert_gradients(
-        {name: weights[name].grad for name in wanted} | {name: source.grad for name, source in sources.items()},
-        wanted | {name: arrays[f"grad/in/{name}"] for name in sources},
-    )
+    assert_all_gradients(path, model, sources)
 
 
 def per_token(array: Tensor, embedded: Tensor) -> Tensor:
     """(B, L) of what may be one number a row."""
     return array if array.dim() == 2 else array[:, None].expand(embedded.shape[:2])
-
-
-def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, gradient in expected.items():
-        atol = GRADIENT_RTOL * gradient.abs().max().item()
-        torch.testing.assert_close(found[name].float(), gradient, rtol=0, atol=atol, msg=lambda text, n=name: n + text)
 
 
 @pytest.mark.parametrize("dtype", OUTPUT_ATOL, ids=str)

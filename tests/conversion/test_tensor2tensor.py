@@ -80,7 +80,7 @@ def test_label_smoothing_spreads_over_the_other_ids():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "et_encoder"}, "kind='et_encoder' has no counterpart"),
+        ({"kind": "xt_encoder"}, "kind='xt_encoder' has no counterpart"),
         ({"kind": None}, "kind=None"),
         ({"recurrence": "sru"}, "recurrence='sru'"),
         ({"recurrence": "gru"}, "recurrence='gru' is not supported: no table of the paper uses it"),
