@@ -158,6 +158,7 @@ class EvolvedTransformerConfig(PreTrainedConfig):
         self._validate_numbers()
         self._validate_widths()
         self._validate_stacks()
+        self._validate_embedding()
         self._validate_vocabulary()
 
     def _validate_choices(self) -> None:
@@ -207,7 +208,11 @@ class EvolvedTransformerConfig(PreTrainedConfig):
         if self.encoder_input_bias and self.is_decoder:
             raise ValueError("encoder_input_bias=True, but is_decoder=True has no encoder; set it to False.")
 
-    # Copied from hf_efficient/models/universal_transformer/configuration_universal_transformer.py::_validate_vocabulary
+    def _validate_embedding(self) -> None:
+        if self.zero_pad_embedding and self.pad_token_id is None:
+            raise ValueError("zero_pad_embedding=True, but pad_token_id=None; name the pad's id.")
+
+    # Copied from hf_efficient/models/reformer/configuration_reformer.py::_validate_vocabulary
     def _validate_vocabulary(self) -> None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             ids = getattr(self, name)
@@ -217,8 +222,6 @@ class EvolvedTransformerConfig(PreTrainedConfig):
                         f"{name}={token_id} is outside the vocabulary of {self.vocab_size} ids; correct it, or give "
                         "None when there is no such token."
                     )
-        if self.zero_pad_embedding and self.pad_token_id is None:
-            raise ValueError("zero_pad_embedding=True, but pad_token_id=None; name the pad's id.")
 
 
 # Copied from hf_efficient/models/reformer/configuration_reformer.py::_nearest

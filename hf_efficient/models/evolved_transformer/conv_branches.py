@@ -1,4 +1,4 @@
-"""The Evolved Transformer's convolutional branches (So et al. 2019, arXiv 1901.11117, figure 3) and what they consist of.
+"""The Evolved Transformer's convolutional branches (So et al. 2019, arXiv 1901.11117, figure 3), and their parts.
 
 All run over rows (B, L, C) in their usual layout. Letters in shape notes: B batch, L tokens, C channels, k width of a
 convolution, D hidden_size.

@@ -122,7 +122,6 @@ def shift_tokens_right(labels: Tensor, pad_token_id: int | None, decoder_start_t
     return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad_token_id)], dim=1)
 
 
-# Copied from hf_efficient/models/universal_transformer/language_models_universal_transformer.py::mask_before_last_label
 def mask_before_last_label(labels: Tensor) -> Tensor:
     """(B, L), 1 up to the last label of a row: the decoder's inputs behind it are pads."""
     return (labels != IGNORED).flip(1).cummax(dim=1).values.flip(1).long()

@@ -134,7 +134,7 @@ class EvolvedTransformerAttention(nn.Module):
         Args:
             rows: (B, L, D).
             keys: keys and values, each (B, H, S, K).
-            mask: (B or 1, 1, L or 1, S), bool or added to the scores; None for all keys, or if causal all earlier ones.
+            mask: (B or 1, 1, L or 1, S), bool or added to the scores; None for all keys, or if causal all before.
 
         Returns:
             (B, L, D), and the weights (B, H, L, S) or None. Time O(B L D² + B H L S K); memory O(B H L S) where

@@ -385,8 +385,8 @@ class EvolvedTransformerModel(EvolvedTransformerPreTrainedModel):
             The output of the only stack, or with two stacks `Seq2SeqModelOutput`.
 
         Raises:
-            ValueError: inputs of a wrong shape, ids outside the vocabulary, several texts in a row, a cache without room
-                for the convolutions' rows.
+            ValueError: inputs of a wrong shape, ids outside the vocabulary, several texts in a row, a cache that
+                cannot hold what the model remembers.
         """
         settings = {name: kwargs.get(name) for name in CALL_SETTINGS}
         if self.encoder is not None and encoder_outputs is None:
