@@ -15,7 +15,7 @@ REQUIRES = ["torch>=2.8", "transformers>=5.21,<6", "safetensors", "huggingface_h
 
 EXTRAS = {
     # hf_efficient.data, hf_efficient.training and the commands that use them
-    "train": ["accelerate>=1.10", "datasets>=4.0", "tokenizers", "pyyaml", "tqdm"],
+    "train": ["accelerate>=1.10", "datasets>=4.0", "tokenizers", "pyyaml", "sacrebleu>=2.4", "tqdm"],
     # hf_efficient.plots
     "plots": ["matplotlib>=3.8"],
     # Moses rules of the legacy Transformer-XL tokenizer

@@ -39,7 +39,7 @@ LIBRARIES = {
     "models": {"transformers", "huggingface_hub", "tokenizers"},
     "ops": set(),
     "data": {"datasets", "numpy", "pyarrow", "tokenizers", "transformers"},
-    "training": {"accelerate", "safetensors", "tqdm", "transformers"},
+    "training": {"accelerate", "numpy", "sacrebleu", "safetensors", "tqdm", "transformers"},
     "generation": {"transformers"},
     "conversion": {"huggingface_hub", "safetensors", "tokenizers", "transformers"},
     "hub": {"huggingface_hub", "safetensors", "transformers"},

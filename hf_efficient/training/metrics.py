@@ -82,14 +82,18 @@ class LossTotals:
     """
 
     def __init__(self, device: torch.device | str):
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        self._nats = torch.zeros((), dtype=dtype, device=device)
+        self.dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self._nats = torch.zeros((), dtype=self.dtype, device=device)
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, losses: Tensor, shift_labels: Tensor) -> None:
         """Count one batch. losses: (batch, length), nats, 0 where `shift_labels` (batch, length) is -100."""
-        self._nats += losses.detach().sum(dtype=self._nats.dtype)
-        self._num_tokens += shift_labels.ne(-100).sum()
+        self.add_sums(losses.detach().sum(dtype=self.dtype), shift_labels.ne(-100).sum())
+
+    def add_sums(self, nats: Tensor, num_tokens: Tensor) -> None:
+        """Count the sum of some losses, and the number of tokens they are of."""
+        self._nats += nats
+        self._num_tokens += num_tokens
 
     def mean(self, accelerator: Accelerator) -> float:
         """Mean nats per predicted token over all processes, each of which must call this; nan if there is none."""
