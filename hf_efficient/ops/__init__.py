@@ -40,8 +40,23 @@ A step that 5 tokens take as often as each of them likes, at most 8 times, and w
     >>> output.shape, state.ponder_times.shape
     (torch.Size([5, 4]), torch.Size([5]))
     >>> (output.square().mean() + 0.01 * ponder_loss(state)).backward()
+
+A separable convolution over 5 tokens and the 2 before them, each token looking back only; the same 5 again, one by one:
+
+    >>> tokens, depthwise, pointwise = torch.randn(1, 7, 4), torch.randn(4, 1, 3), torch.randn(6, 4)
+    >>> output = separable_convolution(tokens[:, 2:], depthwise, pointwise, state=tokens[:, :2], is_causal=True)
+    >>> output.shape
+    torch.Size([1, 5, 6])
+    >>> windows = [tokens[:, start : start + 3] for start in range(5)]
+    >>> steps = [
+    ...     separable_convolution(window[:, 2:], depthwise, pointwise, state=window[:, :2], is_causal=True)
+    ...     for window in windows
+    ... ]
+    >>> torch.allclose(torch.cat(steps, dim=1), output, atol=1e-5)
+    True
 """
 
+from ..models.evolved_transformer.conv_branches import decoder_branches, encoder_branches, separable_convolution
 from ..models.reformer.full_attention import full_attention
 from ..models.reformer.hashing import draw_rotations, hash_vectors, shared_key
 from ..models.reformer.local_attention import local_attention
@@ -54,7 +69,9 @@ from ..models.universal_transformer.adaptive_computation import adaptive_computa
 __all__ = [
     "ReversibleChain",
     "adaptive_computation",
+    "decoder_branches",
     "draw_rotations",
+    "encoder_branches",
     "full_attention",
     "hash_vectors",
     "local_attention",
@@ -63,6 +80,7 @@ __all__ = [
     "ponder_loss",
     "relative_attention",
     "reversible_sequence",
+    "separable_convolution",
     "shared_key",
     "sinusoid_table",
     "windowed_lsh_attention",

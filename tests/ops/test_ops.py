@@ -3,9 +3,9 @@
 import doctest
 
 from hf_efficient import ops
-from hf_efficient.models import reformer, transformer_xl, universal_transformer
+from hf_efficient.models import evolved_transformer, reformer, transformer_xl, universal_transformer
 
-FOLDERS = (reformer, transformer_xl, universal_transformer)
+FOLDERS = (evolved_transformer, reformer, transformer_xl, universal_transformer)
 
 
 def test_names_are_the_architectures_own():
