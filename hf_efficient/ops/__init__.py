@@ -41,7 +41,7 @@ A step that 5 tokens take as often as each of them likes, at most 8 times, and w
     (torch.Size([5, 4]), torch.Size([5]))
     >>> (output.square().mean() + 0.01 * ponder_loss(state)).backward()
 
-A separable convolution over 5 tokens and the 2 before them, each token looking back only; the same 5 again, one by one:
+A separable convolution over 5 tokens and the 2 before them, looking back only; the same 5 again, one by one:
 
     >>> tokens, depthwise, pointwise = torch.randn(1, 7, 4), torch.randn(4, 1, 3), torch.randn(6, 4)
     >>> output = separable_convolution(tokens[:, 2:], depthwise, pointwise, state=tokens[:, :2], is_causal=True)
