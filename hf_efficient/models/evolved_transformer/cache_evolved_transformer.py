@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
 from .configuration_evolved_transformer import EvolvedTransformerConfig
+from .conv_branches import STATE_LENGTHS
 
 # A window of which only a part is held moves back to the front of its buffers once per this share of its length.
 WINDOW_SLACK = 0.25
 MIN_SLACK = 32
-# Rows that a block's convolutions look back to: of what enters them, and of what stands between the two.
-CONVOLUTION_WIDTHS = (10, 6)
 # Tokens whose convolution rows a recording keeps: what assisted decoding may take back over several rounds.
 RECORDED_TOKENS = 64
 
@@ -177,7 +176,7 @@ class EvolvedTransformerCacheLayer(CacheLayerMixin):
         if self.convolution_rows is None:
             return None
         inputs, between = self.convolution_rows
-        return inputs[:, -CONVOLUTION_WIDTHS[0] :], between[:, -CONVOLUTION_WIDTHS[1] :]
+        return inputs[:, -STATE_LENGTHS[0] :], between[:, -STATE_LENGTHS[1] :]
 
     def update_convolution_state(self, rows: tuple[Tensor, Tensor]) -> None:
         """Remember what the convolutions ran over: (B, 10 + L, D) and (B, 6 + L, 2 D), the newest rows last.
@@ -188,14 +187,14 @@ class EvolvedTransformerCacheLayer(CacheLayerMixin):
         self.convolution_rows = (inputs, between)
 
     def _kept_rows(self, index: int, new: Tensor) -> Tensor:
-        width = CONVOLUTION_WIDTHS[index]
+        length = STATE_LENGTHS[index]
         if not self.record_past:
             # A copy, or all the tokens of a prompt would stay in memory.
-            return new[:, -width:].clone()
-        num_recorded = max(RECORDED_TOKENS, new.shape[1] - width)
+            return new[:, -length:].clone()
+        num_recorded = max(RECORDED_TOKENS, new.shape[1] - length)
         if self.convolution_rows is not None:
-            new = torch.cat([self.convolution_rows[index][:, :-width], new], dim=1)
-        return new[:, -width - num_recorded :].clone()
+            new = torch.cat([self.convolution_rows[index][:, :-length], new], dim=1)
+        return new[:, -length - num_recorded :].clone()
 
     @property
     def is_croppable(self) -> bool:
@@ -206,7 +205,6 @@ class EvolvedTransformerCacheLayer(CacheLayerMixin):
         """Keep convolution rows until the next `crop`, so that assisted decoding can take tokens back."""
         self.record_past = True
 
-    # Copied from hf_efficient/models/universal_transformer/cache_universal_transformer.py::check_crop
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise what `crop` would raise."""
         if tokens_to_remove > 0:
@@ -214,7 +212,7 @@ class EvolvedTransformerCacheLayer(CacheLayerMixin):
         if -tokens_to_remove > self.get_seq_length():
             raise ValueError(f"crop({tokens_to_remove}) of a cache that holds {self.get_seq_length()} tokens.")
         if tokens_to_remove and self.convolution_rows is not None:
-            num_recorded = self.convolution_rows[0].shape[1] - CONVOLUTION_WIDTHS[0]
+            num_recorded = self.convolution_rows[0].shape[1] - STATE_LENGTHS[0]
             if -tokens_to_remove > num_recorded:
                 raise ValueError(
                     f"crop({tokens_to_remove}) is not possible: what the convolutions look back to is kept for the "
