@@ -11,9 +11,10 @@ from .errors import USER_ERRORS, one_sentence, unknown_name
 # Each is a module of this package that holds `COMMAND`; only the one asked for is imported.
 COMMANDS = {
     "train": "Train a model on your text, or from a recipe.",
-    "evaluate": "Measure a saved model on text: loss, perplexity, bits per byte.",
-    "generate": "Continue a prompt with a saved model.",
+    "evaluate": "Measure a saved model on text: loss, perplexity, bits per byte, BLEU.",
+    "generate": "Continue a prompt with a saved model, translate it, or talk.",
     "convert": "Turn a checkpoint of an earlier release into one that loads here.",
+    "publish": "Upload a model with its card, and its code if you like, to the Hugging Face Hub.",
     "demo": "Train, evaluate, save, reload and generate, in a few minutes on a CPU.",
 }
 
@@ -73,7 +74,8 @@ def run(arguments: list[str]) -> int:
 
     disable_progress_bar()  # of weights that take a second to load; Trainer's own bar stays
     enable_progress_bars()  # of downloads, which the line above turns off too
-    parser = CommandParser(import_module(f".{name}", package=__package__).COMMAND)
+    command = import_module(f".{name}", package=__package__).COMMAND
+    parser = CommandParser(command.for_arguments(arguments[1:]))
     if {"-h", "--help", "--help-all"} & set(arguments[1:]):
         print(parser.format_help(everything="--help-all" in arguments), end="")
         return 0

@@ -1,5 +1,7 @@
-"""What a model needs to stand on the Hub: a card with measured figures."""
+"""What a model needs to stand on the Hub: a card with measured figures, and the way there."""
 
+from .contents import Upload, collect_contents
 from .model_card import write_model_card
+from .publish import Publication, publish
 
-__all__ = ["write_model_card"]
+__all__ = ["Publication", "Upload", "collect_contents", "publish", "write_model_card"]

@@ -1,6 +1,7 @@
 """A model card from a finished run: every figure in it comes from the run's own report.json."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ PICTURES = {
     "loss.png": "Loss of training and validation against updates",
     "memory.png": "Bits per byte against memory length",
 }
+# The section of the card with a program, and the name by which that loads the model.
+USAGE = re.compile(r"^## How to use it\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+LOADED_MODEL = re.compile(r'^model = \w+\.from_pretrained\("([^"]*)"', re.MULTILINE)
 # What a report must hold for a card to be written; see `hf-efficient train`.
 REQUIRED = (
     "architecture",
@@ -98,6 +102,24 @@ def write_model_card(run_folder: str | Path, license: str = "unknown") -> Path:
     path = folder / "README.md"
     card.save(path)
     return path
+
+
+def adapt_usage(card: str, name: str, with_code: bool) -> str:
+    """A card whose program under "How to use it" loads the model by another name.
+
+    card: the whole text. name: on the Hub. with_code: the repository holds the code, so that the program needs
+    `trust_remote_code=True` and no hf_efficient. A card without such a section is returned as it is.
+    """
+    section = USAGE.search(card)
+    model = section and LOADED_MODEL.search(section[0])
+    if not model:
+        return card
+    load = f'from_pretrained("{name}"{", trust_remote_code=True" if with_code else ""})'
+    call = re.compile(rf'from_pretrained\("{re.escape(model[1])}"(?:, trust_remote_code=True)?\)')
+    program = call.sub(load, section[0])
+    if with_code:
+        program = re.sub(r"^import hf_efficient\b.*\n", "", program, flags=re.MULTILINE)
+    return card[: section.start()] + program + card[section.end() :]
 
 
 def read_finished_report(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,306 @@
+"""What of a folder goes to the Hub: the parts of a model, and nothing that lies beside them by chance."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .card_checks import CARD, read_card, shown_pictures
+from .remote_code import architecture_code, code_files, tokenizer_code
+
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# Everything a model repository is made of, beside weights, card, pictures and code.
+PARTS = (
+    *(CONFIG, "generation_config.json", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
+    *(TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm"),
+)
+TRAINING_STATE = (
+    *("training_args.bin", "trainer_state.json", "run_settings.json", "report.json", "recipe.yaml"),
+    *("optimizer.*", "scheduler.*", "scaler.*", "rng_state*"),
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
+IGNORE_FILES = (".gitignore", ".hubignore")
+BINARY = (".safetensors", ".model", ".spm", ".png", ".jpg", ".jpeg", ".gif", ".webp")
+SECRETS = {
+    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}\b"),
+    "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"),
+    "an AWS access key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{32,}\b"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file of the repository to be.
+
+    name: its path there. content: the file it is read from, or its bytes where they differ from the folder's.
+    note: what is changed on the way, "" for nothing.
+    """
+
+    name: str
+    content: Path | bytes
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def text(self) -> str:
+        """Its content as text."""
+        return (self.content if isinstance(self.content, bytes) else self.content.read_bytes()).decode("utf-8")
+
+
+@dataclass
+class Contents:
+    """files: what goes, by name. left_out: what stays, with the reason."""
+
+    files: dict[str, Upload] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, content: Path | bytes, note: str = "") -> None:
+        """Take a file; a later one of the same name takes its place."""
+        self.files[name] = Upload(name, content, note)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of an ignore file. origin: where it stands, for people. keeps: it began with `!`."""
+
+    pattern: str
+    origin: str
+    keeps: bool
+
+    def matches(self, name: str) -> bool:
+        """Whether it speaks of the file `name`, or of a folder that the file lies in."""
+        parts = name.split("/")
+        paths = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+        if self.pattern.endswith("/"):
+            paths = paths[:-1]
+        pattern = self.pattern.rstrip("/")
+        if "/" in pattern:
+            return any(fnmatchcase(path, pattern.lstrip("/")) for path in paths)
+        return any(fnmatchcase(path.rpartition("/")[2], pattern) for path in paths)
+
+
+def collect_contents(folder: Path, with_code: bool) -> Contents:
+    """Decide for every file of a model's folder whether it goes to the Hub.
+
+    Only what a model repository is made of goes: safetensors weights, configurations, tokenizer, the card and the
+    pictures it shows, a licence; with code, the files of the architecture that the weights need. A file that the
+    folder's `.gitignore` or `.hubignore` names, or the list `exclude` in the card's metadata, stays in any case. The
+    folder itself is not changed.
+
+    Raises FileNotFoundError if configuration, card or weights are missing; ValueError if weights are pickled, broken
+    or excluded, the card's metadata is invalid, a file holds what looks like a secret, or, with code, the
+    architecture is not one of this package's.
+    """
+    check_folder(folder)
+    card = read_card(folder)
+    pictures = shown_pictures(card, folder)
+    rules = [*ignore_rules(folder), *card_rules(card.data.to_dict().get("exclude"), folder)]
+    contents = Contents()
+    weights = weight_files(folder)
+    for name in [*sorted(path.name for path in folder.iterdir()), *(name for name in pictures if "/" in name)]:
+        path = folder / name
+        reason = reason_to_stay(path, name, rules, with_code)
+        wanted = name in weights or name in pictures or any(fnmatchcase(name, part) for part in PARTS)
+        if reason is None and not (wanted or name == CARD):
+            reason = "no part of a model"
+        if reason is None:
+            contents.add(name, path)
+        else:
+            contents.left_out[name + "/" * path.is_dir()] = reason
+    check_parts(contents, [CONFIG, CARD, *weights], folder)
+    adapt_configurations(contents, with_code)
+    check_secrets(contents)
+    return contents
+
+
+def check_folder(folder: Path) -> None:
+    """Raises FileNotFoundError if there is no folder, or no model in it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"folder={str(folder)!r} is no folder; give the one that training or save_pretrained wrote."
+        )
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"folder={str(folder)!r} holds no {CONFIG}; give a folder that training or save_pretrained wrote. "
+            "An adapter is merged into its model first."
+        )
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that `from_pretrained` reads the weights from, each found to be whole.
+
+    Raises FileNotFoundError if there are none or a shard is missing, ValueError if they are pickled or broken.
+    """
+    if (folder / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    elif (folder / WEIGHTS_INDEX).is_file():
+        names = [WEIGHTS_INDEX, *read_index(folder / WEIGHTS_INDEX)]
+    else:
+        refuse_pickles(sorted(path.name for path in folder.iterdir()), folder)
+        raise FileNotFoundError(
+            f"folder={str(folder)!r} holds no {WEIGHTS}; save the model with save_pretrained({str(folder)!r})."
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / WEIGHTS_INDEX} names {name!r}, which is missing; save the model again."
+            )
+        if name != WEIGHTS_INDEX:
+            check_safetensors(folder / name)
+    return names
+
+
+def read_index(path: Path) -> list[str]:
+    """The shards that an index names. Raises ValueError if it is damaged or leads out of its folder."""
+    try:
+        shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no index of weights ({error}); save the model again.") from error
+    for shard in shards:
+        if not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise ValueError(f"{path} names {shard!r}, which is no safetensors file beside it; save the model again.")
+    return shards
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises ValueError if a file is no safetensors file, or its end is missing."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}); save or copy it again.") from error
+    if not names:
+        raise ValueError(f"{path} holds no weights; save the model again.")
+
+
+def refuse_pickles(names: list[str], folder: Path) -> None:
+    """Raises ValueError if one of the files is a pickle, which runs code on the machine of whoever loads it."""
+    for name in names:
+        is_state = any(fnmatchcase(name, pattern) for pattern in TRAINING_STATE)
+        if not is_state and any(fnmatchcase(name, pattern) for pattern in PICKLES):
+            raise ValueError(
+                f"folder={str(folder)!r} holds {name!r}, a pickle, which can run code where it is loaded; save the "
+                f"model again with save_pretrained, which writes {WEIGHTS}, and remove {name!r} or name it in "
+                ".hubignore."
+            )
+
+
+def reason_to_stay(path: Path, name: str, rules: list[Rule], with_code: bool) -> str | None:
+    """Why a file may not go whatever it is, None if it may."""
+    if any(part.startswith(".") for part in name.split("/")):
+        return "hidden"
+    last = next((rule for rule in reversed(rules) if rule.matches(name + "/" * path.is_dir())), None)
+    if last is not None and not last.keeps:
+        return f"excluded by {last.origin}"
+    if path.is_dir():
+        return "checkpoint of the training" if name.startswith("checkpoint-") else "folder"
+    if any(fnmatchcase(name, pattern) for pattern in TRAINING_STATE):
+        return "record of the training"
+    refuse_pickles([name], path.parent)
+    if path.suffix == ".py":
+        return "hf_efficient's own code goes instead" if with_code else "code"
+    return None
+
+
+def ignore_rules(folder: Path) -> list[Rule]:
+    """The rules of `.gitignore` and `.hubignore`, as git reads them, in the order in which the last one wins."""
+    rules = []
+    for name in IGNORE_FILES:
+        path = folder / name
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and not line.startswith("#"):
+                keeps = line.startswith("!")
+                rules.append(Rule(line.strip().removeprefix("!"), f"{name}, line {number}", keeps))
+    return rules
+
+
+def card_rules(exclude: Any, folder: Path) -> list[Rule]:
+    """The rules of the card's metadata, a list of patterns under `exclude`."""
+    patterns = [exclude] if isinstance(exclude, str) else exclude or []
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{folder / CARD} has exclude: {exclude!r} in its metadata; write a list of patterns.")
+    return [Rule(pattern.removeprefix("!"), "the card", pattern.startswith("!")) for pattern in patterns]
+
+
+def check_parts(contents: Contents, needed: list[str], folder: Path) -> None:
+    """Raises ValueError if something that a model cannot do without is excluded."""
+    for name in needed:
+        if name not in contents.files:
+            raise ValueError(
+                f"folder={str(folder)!r}: {name} is {contents.left_out[name]}, and a model cannot do without it; "
+                "take that rule away."
+            )
+
+
+def adapt_configurations(contents: Contents, with_code: bool) -> None:
+    """Let the configurations say where the code is: in the repository, or nowhere; and add the code itself."""
+    config = read_json(contents.files[CONFIG])
+    tokenizer = read_json(contents.files[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in contents.files else {}
+    references: list[str] = []
+    if with_code:
+        auto_map = architecture_code(config.get("model_type"))
+        write_auto_map(contents, CONFIG, config, auto_map)
+        references += auto_map.values()
+    else:
+        write_auto_map(contents, CONFIG, config, None)
+    reference = tokenizer_code(tokenizer.get("tokenizer_class")) if with_code else None
+    if reference is not None:
+        references.append(reference)
+        write_auto_map(contents, TOKENIZER_CONFIG, tokenizer, {"AutoTokenizer": [reference, None]})
+    else:
+        write_auto_map(contents, TOKENIZER_CONFIG, tokenizer, None)
+    for name, source in code_files(references).items():
+        contents.add(name, source, "code of the architecture")
+
+
+def read_json(upload: Upload) -> dict[str, Any]:
+    """A configuration. Raises ValueError if it is no JSON object."""
+    try:
+        content = json.loads(upload.text())
+    except ValueError as error:
+        raise ValueError(f"{upload.content} is no JSON ({error}); save the model again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{upload.content} holds no JSON object; save the model again.")
+    return content
+
+
+def write_auto_map(contents: Contents, name: str, config: dict[str, Any], auto_map: dict[str, Any] | None) -> None:
+    """Put `auto_map` into a configuration, or take the one it has out; a file that needs no change stays as it is."""
+    if config.get("auto_map") == auto_map:
+        return
+    changed = {key: value for key, value in config.items() if key != "auto_map"}
+    changed |= {"auto_map": auto_map} if auto_map else {}
+    text = json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    contents.add(name, text.encode(), "auto_map added" if auto_map else "auto_map removed")
+
+
+def check_secrets(contents: Contents) -> None:
+    """Raises ValueError if a text that is to go holds what looks like a token or a key."""
+    for upload in contents.files.values():
+        if upload.name.endswith(BINARY):
+            continue
+        for kind, line in found_secrets(upload.text()):
+            raise ValueError(
+                f"{upload.name}, line {line}, holds what looks like {kind}; take it out before publishing, and have "
+                "it replaced if it was real."
+            )
+
+
+def found_secrets(text: str) -> Iterator[tuple[str, int]]:
+    """Kind and line of whatever looks like a token or a key."""
+    for kind, pattern in SECRETS.items():
+        for match in pattern.finditer(text):
+            yield kind, text.count("\n", 0, match.start()) + 1
