@@ -36,11 +36,29 @@ class EvolvedTransformerLanguageModel(EvolvedTransformerPreTrainedModel):
         self.model = EvolvedTransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def _losses(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> dict[str, Tensor]:
-        """The output's fields about the loss, for labels (B, L) of the same positions as the logits (B, L, V)."""
-        losses = token_losses(logits, labels, self.config.label_smoothing if self.training else 0.0)
+    def _predict(
+        self,
+        states: Tensor,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """The output's logits, and with labels its fields about the loss.
+
+        Args:
+            states: (B, L, D).
+            labels: (B, L), or (B, L - 1) where the last position has none; -100 is ignored.
+            logits_to_keep, num_items_in_batch: see `forward`.
+        """
+        if labels is None:
+            return {"logits": self.lm_head(slice_logits_to_keep(states, logits_to_keep))}
+        logits = self.lm_head(states)
+        predicted = logits if labels.shape[1] == logits.shape[1] else logits[:, : labels.shape[1]]
+        losses = token_losses(predicted, labels, self.config.label_smoothing if self.training else 0.0)
         num_items = count_labels(labels) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": mean_loss(losses, num_items), "losses": losses}
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            logits = slice_logits_to_keep(logits, logits_to_keep)
+        return {"logits": logits, "loss": mean_loss(losses, num_items), "losses": losses}
 
 
 class EvolvedTransformerForCausalLM(
@@ -92,19 +110,11 @@ class EvolvedTransformerForCausalLM(
         )
         if shift_labels is None and labels is not None:
             shift_labels = labels[:, 1:]
-        states = outputs.last_hidden_state
-        if shift_labels is None:
-            logits, fields = self.lm_head(slice_logits_to_keep(states, logits_to_keep)), {}
-        else:
-            logits = self.lm_head(states)
-            fields = self._losses(logits[:, : shift_labels.shape[1]], shift_labels, num_items_in_batch)
-            logits = slice_logits_to_keep(logits, logits_to_keep)
         return EvolvedTransformerCausalLMOutput(
-            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **fields,
+            **self._predict(outputs.last_hidden_state, shift_labels, logits_to_keep, num_items_in_batch),
         )
 
 
@@ -189,15 +199,9 @@ class EvolvedTransformerForConditionalGeneration(
             decoder_inputs_embeds=decoder_inputs_embeds,
             **kwargs,
         )
-        states = outputs.last_hidden_state
-        if labels is None:
-            logits, fields = self.lm_head(slice_logits_to_keep(states, logits_to_keep)), {}
-        else:
-            logits = self.lm_head(states)
-            fields = self._losses(logits, labels, num_items_in_batch)
-            logits = slice_logits_to_keep(logits, logits_to_keep)
+        fields = self._predict(outputs.last_hidden_state, labels, logits_to_keep, num_items_in_batch)
         body = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return EvolvedTransformerSeq2SeqLMOutput(logits=logits, **fields, **body)
+        return EvolvedTransformerSeq2SeqLMOutput(**fields, **body)
 
 
 __all__ = [
