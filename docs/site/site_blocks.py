@@ -5,11 +5,13 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from inspect import getdoc
 from typing import Any
+from unittest import mock
 
 from site_links import ROOT
 
@@ -77,14 +79,45 @@ def presets_table(module: str) -> str:
     return table(["Preset", "Settings"], rows)
 
 
+HEADS = (
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+
+
+def heads_table() -> str:
+    """Which Auto class builds which class of each architecture."""
+    import transformers
+
+    import hf_efficient
+
+    rows = []
+    for name in sorted(name for name in hf_efficient.__all__ if name.endswith("Config")):
+        config = getattr(hf_efficient, name)
+        classes = [getattr(transformers, auto)._model_mapping.get(config, None) for auto in HEADS]
+        rows.append([f"`{config.model_type}`", *(f"`{found.__name__}`" if found else "" for found in classes)])
+    return table(["Type", *(f"`{auto}`" for auto in HEADS)], rows)
+
+
 def command_help(name: str) -> str:
-    """What `hf-efficient NAME --help` prints."""
+    """What `hf-efficient NAME --help` prints; without a name, `hf-efficient --help`."""
     from hf_efficient.cli.__main__ import run
 
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with mock.patch.dict(os.environ, COLUMNS="100"), contextlib.redirect_stdout(output):
         run([name, "--help"] if name else ["--help"])
     return f"```text\n{output.getvalue().rstrip()}\n```"
+
+
+def command_pages() -> str:
+    """A section with its help for every command."""
+    from hf_efficient.cli.__main__ import COMMANDS
+
+    return "\n\n".join(f"## {name}\n\n{command_help(name)}" for name in COMMANDS)
 
 
 # --- results ----------------------------------------------------------------------------------------------
@@ -108,6 +141,12 @@ def measured(case: str, field: str) -> str:
     """One figure of a row: `ratio`, or seconds or megabytes of `ours` or the `peer`."""
     value = row_of(case)[field]
     return with_unit(value, field.rpartition("_")[2])
+
+
+def setting(case: str, key: str) -> str:
+    """One setting that a row was measured with."""
+    value = row_of(case)["config"][key]
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def with_unit(value: float, unit: str) -> str:
@@ -174,9 +213,12 @@ def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
 BLOCKS = {
     "aliases_table": aliases_table,
     "command_help": command_help,
+    "command_pages": command_pages,
     "comparison": comparison,
     "config_table": config_table,
+    "heads_table": heads_table,
     "measured": measured,
     "presets_table": presets_table,
     "reproduction": reproduction,
+    "setting": setting,
 }

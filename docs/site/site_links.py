@@ -23,7 +23,7 @@ INCLUDED = {
     "model_cards/README.md": "model_cards/index.md",
 }
 # Where a link to a file leads whose text stands elsewhere on the site.
-SAME_AS = {"README.md": "index.md"}
+SAME_AS = {"README.md": "index.md", "hf_efficient/__init__.py": "api/index.md"}
 
 FENCE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)\s*?$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
