@@ -45,6 +45,7 @@ from .logical_inference import (
     pair_features,
     read_logical_inference,
 )
+from .phrases import generate_phrases
 from .scan import SCAN_VOCAB_SIZE, ScanExample, generate_scan, read_scan, scan_actions, scan_features
 from .seq2seq import (
     PairCollator,
@@ -96,6 +97,7 @@ __all__ = [
     "check_seq2seq_tokenizer",
     "encode_sources",
     "evaluate_lambada",
+    "generate_phrases",
     "generate_scan",
     "join_history",
     "last_word_ids",
