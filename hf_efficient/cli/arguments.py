@@ -32,6 +32,7 @@ class Command:
     positionals: fields of the first dataclass that may be given without their flag, in this order.
     model_settings: what `--model.KEY VALUE` may set, for the help page: for each kind of model the names, with their
         meaning and default. None if the command takes no such flags.
+    variant: from the arguments to the command that understands them, for a command whose flags depend on one of them.
     """
 
     name: str
@@ -43,6 +44,11 @@ class Command:
     shown: dict[str, str] = field(default_factory=dict)
     positionals: tuple[str, ...] = ()
     model_settings: Callable[[], dict[str, dict[str, tuple[str, Any]]]] | None = None
+    variant: Callable[[Sequence[str]], "Command"] | None = None
+
+    def for_arguments(self, arguments: Sequence[str]) -> "Command":
+        """The command that understands `arguments`: this one, unless it says otherwise."""
+        return self if self.variant is None else self.variant(arguments)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ class CommandParser(HfArgumentParser):
 
     def read(self, arguments: Sequence[str]) -> Invocation:
         """Parse `arguments` (without the name of the command). Raises CommandError for anything the user got wrong."""
+        command = self.command.for_arguments(arguments)
+        if command is not self.command:
+            return CommandParser(command).read(arguments)
         recipe, typed = self._split_positionals(list(arguments))
         recipe_flags = self._recipe_flags(recipe) if recipe else []
         flags, model_settings = self._split_model_settings(recipe_flags + typed)

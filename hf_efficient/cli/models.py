@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,7 +22,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .. import ActRnnConfig, ReformerConfig, TransformerXLConfig, UniversalTransformerConfig
+from .. import (
+    ActRnnConfig,
+    EvolvedTransformerConfig,
+    ReformerConfig,
+    TransformerXLConfig,
+    UniversalTransformerConfig,
+)
 from .errors import USER_ERRORS, CommandError, one_sentence, unknown_name
 
 
@@ -30,11 +38,13 @@ class Architecture:
 
     starter: settings of a model that a laptop trains in minutes; they stand in for what a user does not give.
     segment_length: tokens that such a model reads at a time.
+    pair_starter: the same as `starter` for a model with encoder and decoder; None if the architecture has none.
     """
 
     config_class: type[PreTrainedConfig]
     starter: dict[str, Any]
     segment_length: int
+    pair_starter: dict[str, Any] | None = None
 
 
 # A further architecture is a further row.
@@ -64,6 +74,19 @@ ARCHITECTURES = {
             "num_buckets": 64,
         },
         segment_length=1024,
+        # Sentences are short: the positions have 1,024 places, and two buckets share a sentence.
+        pair_starter={
+            "is_encoder_decoder": True,
+            "attn_layers": ["local", "windowed_lsh", "local", "windowed_lsh"],
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "feed_forward_size": 1024,
+            "axial_pos_shape": [32, 32],
+            "max_position_embeddings": 1024,
+            "axial_norm_std": 0.02,
+            "num_hashes": 2,
+            "num_buckets": 2,
+        },
     ),
     "universal_transformer": Architecture(
         UniversalTransformerConfig,
@@ -75,6 +98,25 @@ ARCHITECTURES = {
             "halting": "act",
         },
         segment_length=256,
+        pair_starter={
+            "is_encoder_decoder": True,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+            "halting": "act",
+            "label_smoothing": 0.1,
+        },
+    ),
+    "evolved_transformer": Architecture(
+        EvolvedTransformerConfig,
+        starter={"is_decoder": True, "hidden_size": 128, "num_attention_heads": 4},
+        segment_length=256,
+        pair_starter={
+            "is_encoder_decoder": True,
+            "hidden_size": 128,  # the preset "tiny"
+            "num_attention_heads": 4,
+            "label_smoothing": 0.1,
+        },
     ),
     "act_rnn": Architecture(
         ActRnnConfig,
@@ -83,17 +125,21 @@ ARCHITECTURES = {
     ),
 }
 
+# Those that train on pairs of texts.
+PAIR_ARCHITECTURES = [name for name, row in ARCHITECTURES.items() if row.pair_starter is not None]
+
 # Settings that the tokenizer decides. The first may be given, to make room for more ids.
 FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def model_settings(architecture: str) -> dict[str, tuple[str, Any]]:
+def model_settings(architecture: str, for_pairs: bool = False) -> dict[str, tuple[str, Any]]:
     """Meaning and default of each setting that `--model.NAME` may give for `architecture`."""
     row = ARCHITECTURES[architecture]
+    starter = row.pair_starter if for_pairs else row.starter
     inherited = {field.name for field in fields(PreTrainedConfig)}
     meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", getdoc(row.config_class), re.MULTILINE))
     return {
-        field.name: (meanings.get(field.name, ""), row.starter.get(field.name, _default(field)))
+        field.name: (meanings.get(field.name, ""), starter.get(field.name, _default(field)))
         for field in fields(row.config_class)
         if field.name not in inherited.union(FROM_TOKENIZER[1:])
     }
@@ -105,8 +151,12 @@ def _default(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def build_config(architecture: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def build_config(
+    architecture: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, for_pairs: bool = False
+) -> PreTrainedConfig:
     """The configuration of a new model for the ids of `tokenizer`: `settings` over the architecture's starter ones.
+
+    for_pairs: of a model with encoder and decoder, whose decoder begins with the pad token.
 
     Raises CommandError if a setting is unknown or has an illegal value.
     """
@@ -117,6 +167,8 @@ def build_config(architecture: str, settings: dict[str, Any], tokenizer: PreTrai
         if name not in known:
             raise unknown_name(f"setting of the {architecture} model", name, known, "hf-efficient train --help")
     ids = {name: getattr(tokenizer, name) for name in FROM_TOKENIZER[1:]}
+    if for_pairs:
+        ids["decoder_start_token_id"] = tokenizer.pad_token_id
     named = {aliases.get(name, name): value for name, value in settings.items()}
     vocab_size = named.setdefault("vocab_size", len(tokenizer))
     if isinstance(vocab_size, int) and vocab_size < len(tokenizer):
@@ -124,7 +176,7 @@ def build_config(architecture: str, settings: dict[str, Any], tokenizer: PreTrai
             f"--model.vocab_size {vocab_size} is less than the tokenizer's {len(tokenizer)} ids; leave it out."
         )
     try:
-        return row.config_class(**row.starter | ids | named)
+        return row.config_class(**(row.pair_starter if for_pairs else row.starter) | ids | named)
     except (*USER_ERRORS, TypeError) as error:
         raise CommandError(f"model: {one_sentence(error)}") from error
 
@@ -158,7 +210,9 @@ def default_segment_length(config: PreTrainedConfig) -> int:
 
 
 def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A saved causal language model in evaluation mode, and its tokenizer.
+    """A saved model that writes text, in evaluation mode, and its tokenizer.
+
+    A model with encoder and decoder comes as one that answers its input, any other as one that continues it.
 
     source: a folder, or a name on the Hub. device: a torch device; None takes the accelerator if there is one.
     Raises CommandError if there is no such model, its weights are incomplete or broken, or the device is missing.
@@ -170,7 +224,9 @@ def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTra
         raise CommandError(f"--model '{source}' does not exist; give a folder that `hf-efficient train` wrote.")
     try:
         with quiet():  # what is wrong is said below
-            model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+            is_pair_model = AutoConfig.from_pretrained(source).is_encoder_decoder
+            auto_class = AutoModelForSeq2SeqLM if is_pair_model else AutoModelForCausalLM
+            model, info = auto_class.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # broken files raise whatever their reader raises
         raise CommandError(f"--model '{source}' cannot be loaded: {one_sentence(error)}") from error

@@ -1,26 +1,35 @@
 """`hf-efficient train`: from text and settings to a saved model, its figures, its card and its curve."""
 
-import gc
-from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..data import SegmentLanes, load_tokenizer, train_tokenizer
-from ..hub import write_model_card
-from ..training import PonderTimeCallback, SegmentTrainer, SegmentTrainingArguments, TextTrainer, check_run_folder
+from ..training import SegmentTrainer, SegmentTrainingArguments, TextTrainer, check_run_folder
 from .arguments import Command, Invocation
 from .errors import CommandError
 from .models import ARCHITECTURES, build_config, check_length, memory_settings, model_settings
-from .recipes import write_recipe
-from .report import circumstances, plain, read_report, write_report
+from .pair_tasks import LANGUAGE_MODELING, TASK_HELP, task_of
+from .runs import (
+    SHOWN,
+    RecipeRun,
+    check_arguments,
+    check_output,
+    finished_report,
+    recipe_of,
+    run,
+    run_figures,
+    run_identity,
+    write_run,
+)
 from .scoring import PONDER_FIGURES, has_memory
 from .text import TextOptions, explained
+from .train_pairs import TRAIN_COMMANDS
 
 TOKENIZER_KINDS = ("byte", "shifted_byte", "char", "bpe", "shifted_bpe", "word")
 
@@ -29,6 +38,7 @@ TOKENIZER_KINDS = ("byte", "shifted_byte", "char", "bpe", "shifted_bpe", "word")
 class TrainOptions(TextOptions):
     """Flags of `hf-efficient train`, beside those of the trainer."""
 
+    task: str = field(default=LANGUAGE_MODELING, metadata={"help": TASK_HELP})
     validation_text: list[str] | None = field(
         default=None, metadata={"help": "Text to measure on; without it only python-docs has some"}
     )
@@ -88,54 +98,16 @@ class TrainArguments(SegmentTrainingArguments):
     use_cache: bool = True  # the Trainer writes it into the configuration of the saved model
 
     def __post_init__(self) -> None:
-        if self.output_dir is None:
-            raise CommandError("--output_dir is missing; name the folder for the run, for example runs/mine.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise CommandError(f"--{name} {getattr(self, name)} must be at least 1.")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise CommandError(f"--max_steps {self.max_steps} must be at least 1; leave it out to count epochs.")
-        if self.max_steps < 0 and self.num_train_epochs <= 0:
-            raise CommandError(f"--num_train_epochs {self.num_train_epochs} must be positive.")
-        if self.learning_rate <= 0:
-            raise CommandError(f"--learning_rate {self.learning_rate} must be positive; try 5e-4.")
-        if self.resume_from_checkpoint is not None:
-            raise CommandError(
-                f"--resume_from_checkpoint '{self.resume_from_checkpoint}' is not read; use --resume for the last one."
-            )
-        self.dataloader_pin_memory &= torch.accelerator.is_available()
+        check_arguments(self)
         super().__post_init__()
 
 
-class RecipeRun:
-    """What both trainers below add: they measure with other memory settings than they train with, as the paper does,
-    and show how many steps a model that chooses them takes.
-
-    Resumed from its last update, a run makes none; `Trainer` would make one more.
-    """
+class TextRun(RecipeRun):
+    """What both trainers below add: they measure with other memory settings than they train with, as in the paper."""
 
     def __init__(self, *args: Any, eval_memory: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eval_memory = eval_memory
-        self.ponder = PonderTimeCallback() if getattr(self.model.config, "halting", "none") != "none" else None
-        if self.ponder is not None:
-            # In front of the callbacks that show or store its figures.
-            self.callback_handler.callbacks.insert(0, self.ponder)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """The batches of one update; none once all updates are made."""
-        return super().get_batch_samples(*args, **kwargs) if self.state.global_step < self.state.max_steps else ([], 0)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Figures of the validation text, the steps per token among them also after the training."""
-        if self.ponder is None or self.is_in_train:
-            return super().evaluate(*args, **kwargs)
-        run = self.args, self.state, self.control
-        self.ponder.on_train_begin(*run, model=self.model)
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            self.ponder.on_train_end(*run)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """One pass over the validation text under the memory settings for it."""
@@ -143,53 +115,22 @@ class RecipeRun:
             return super().evaluation_loop(*args, **kwargs)
 
 
-class RecipeSegmentTrainer(RecipeRun, SegmentTrainer):
+class RecipeSegmentTrainer(TextRun, SegmentTrainer):
     """For models with memory."""
 
 
-class RecipeTextTrainer(RecipeRun, TextTrainer):
+class RecipeTextTrainer(TextRun, TextTrainer):
     """For models that read each segment on its own."""
 
 
-# The settings of transformers' Trainer that `--help` shows, in the words of this command.
-SHOWN = {
-    "output_dir": "Folder of the run; it is made if it does not exist",
-    "max_steps": "Updates to make; without it --num_train_epochs counts",
+# What the flags of the trainer mean here.
+TEXT_SHOWN = {
+    **SHOWN,
     "num_train_epochs": "Passes over the text",
     "per_device_train_batch_size": "Lanes that the text is cut into and that are read side by side; rows of a batch",
     "gradient_accumulation_steps": "Segments of each lane that make one update",
-    "learning_rate": "Peak learning rate",
-    "lr_scheduler_type": "Course of the learning rate: cosine, linear, constant and others",
-    "warmup_steps": "Updates until the peak; below 1, a share of all",
-    "weight_decay": "Weight decay of AdamW",
-    "max_grad_norm": "Longer gradients are shortened to this length",
-    "seed": "The same seed on the same machine gives the same model",
-    "bf16": "Compute in bfloat16 where that is safe",
-    "use_cpu": "Use the CPU even if there is an accelerator",
-    "logging_steps": "Updates between two entries of the log",
-    "eval_strategy": "When to measure on the validation text; at the end it is measured anyway",
-    "eval_steps": "Updates between two measurements, for --eval_strategy steps",
     "per_device_eval_batch_size": "Lanes of the validation text",
-    "save_steps": "Updates between two checkpoints",
-    "save_total_limit": "Checkpoints to keep",
 }
-
-# What makes a run this run and no other, beside text, tokenizer and model. The rest may change when it is resumed.
-IDENTITY = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay"),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
-)  # fmt: skip
-
-
-def run(invocation: Invocation) -> None:
-    """Train, and say where the result is."""
-    report = train(invocation)
-    if PartialState().is_main_process:
-        print(summary(report, invocation.options[1].output_dir))
-    # A process that ends while the group stands may be aborted on its way out. The trainer goes first: see its `end`.
-    gc.collect()
-    PartialState().destroy_process_group()
 
 
 def train(invocation: Invocation) -> dict[str, Any]:
@@ -210,8 +151,9 @@ def train(invocation: Invocation) -> dict[str, Any]:
         lanes = options.cut(documents, tokenizer, args.train_batch_size * args.world_size, options.segment_length)
         validation = cut_validation(options, args, tokenizer)
     model = make_model(options, invocation.model_settings, tokenizer)
+    identity = run_identity(options, args, model, train_tokens=lanes.num_tokens, train_bytes=lanes.num_bytes)
     with explained("--output_dir"):
-        checkpoint = check_run_folder(folder, identity(options, args, model, lanes))
+        checkpoint = check_run_folder(folder, identity)
     if finished := finished_report(folder, invocation):
         return finished
 
@@ -235,26 +177,6 @@ def train(invocation: Invocation) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_run(folder, report)
     return report
-
-
-def check_output(output_dir: str, resume: bool) -> Path:
-    """The run folder. Raises CommandError if it is not free, unless a run is to go on."""
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise CommandError(f"--output_dir '{folder}' is a file; give the path of a folder.")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise CommandError(
-            f"--output_dir '{folder}' is not empty; add --resume to go on with the run in it, or take another folder."
-        )
-    PartialState().wait_for_everyone()  # no process writes before each has looked
-    return folder
-
-
-def finished_report(folder: Path, invocation: Invocation) -> dict[str, Any] | None:
-    """The report of the folder's run if that is finished, and not to become longer now."""
-    report = read_report(folder)
-    lengths = [(name, invocation.given.get(name)) for name in ("max_steps", "num_train_epochs")]
-    return report if report and all(report["settings"].get(name) == length for name, length in lengths) else None
 
 
 def make_tokenizer(options: TrainOptions, documents: Dataset) -> PreTrainedTokenizerBase:
@@ -301,38 +223,11 @@ def eval_memory(options: TrainOptions) -> dict[str, Any]:
     return {name: getattr(options, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
 
 
-def identity(
-    options: TrainOptions, args: TrainArguments, model: PreTrainedModel, lanes: SegmentLanes
-) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: model, text, tokenizer, batches and optimiser."""
-    may_change = {"resume", *(name for name in asdict(options) if name.startswith(("eval_", "validation_")))}
-    own = {name: value for name, value in asdict(options).items() if name not in may_change}
-    training = {name: getattr(args, name) for name in IDENTITY}
-    config = {f"model.{name}": value for name, value in model.config.to_diff_dict().items()}
-    config.pop("model.transformers_version", None)
-    return plain(own | training | config | {"train_tokens": lanes.num_tokens, "train_bytes": lanes.num_bytes})
-
-
-def recipe_of(invocation: Invocation) -> dict[str, Any]:
-    """What was asked for, as a recipe: where the run goes and whether it is resumed are no part of it."""
-    given = {name: value for name, value in invocation.given.items() if name not in ("output_dir", "resume")}
-    return plain(given | {"model": invocation.model_settings})
-
-
 def make_report(trainer: TextTrainer, options: TrainOptions, metrics: dict[str, Any]) -> dict[str, Any]:
     """The figures of a finished run, and what they were measured on."""
     lanes, validation = trainer.train_dataset, trainer.eval_dataset
-    report = {
-        "architecture": options.architecture,
-        "parameters": trainer.model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "train_tokens": metrics["train_tokens"],
-        "train_seconds": metrics["train_runtime"],
-        "tokens_per_second": metrics["train_tokens_per_second"],
-        "peak_memory_mb": metrics["peak_memory_mb"],
-        "data": {"text": options.text, "tokens": lanes.num_tokens, "bytes": lanes.num_bytes},
-        "history": [entry for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()],
-    }
+    report = run_figures(trainer, options, metrics)
+    report["data"] = {"text": options.text, "tokens": lanes.num_tokens, "bytes": lanes.num_bytes}
     if validation is not None:
         with memory_settings(trainer.model.config, **trainer.eval_memory):
             names = [name for name in trainer.eval_memory if hasattr(trainer.model.config, name)]
@@ -346,19 +241,7 @@ def make_report(trainer: TextTrainer, options: TrainOptions, metrics: dict[str, 
             **{name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "bits_per_byte")},
             **{name: metrics[f"eval_{name}"] for name in PONDER_FIGURES if f"eval_{name}" in metrics},
         }
-    return report | circumstances()
-
-
-def write_run(folder: Path, report: dict[str, Any]) -> None:
-    """Everything that a reader of the run folder wants beside the model."""
-    write_report(folder, report)
-    write_recipe(folder, report)
-    logged = any("loss" in entry for entry in report["history"])
-    if logged and find_spec("matplotlib") is not None:
-        from ..plots import plot_loss
-
-        plot_loss(report["history"], folder / "loss.png")
-    write_model_card(folder)
+    return report
 
 
 def summary(report: dict[str, Any], folder: str) -> str:
@@ -381,6 +264,17 @@ def summary(report: dict[str, Any], folder: str) -> str:
     return "\n".join(lines)
 
 
+def command_for(arguments: Sequence[str]) -> Command:
+    """The command with the flags of the task that `arguments` name: this one, or that for pairs of texts.
+
+    Raises CommandError for an unknown task, and for flags of a task that is not named.
+    """
+    task = task_of(arguments)
+    if task == LANGUAGE_MODELING:
+        return COMMAND
+    return TRAIN_COMMANDS[task]
+
+
 COMMAND = Command(
     name="train",
     description=(
@@ -397,7 +291,8 @@ COMMAND = Command(
   hf-efficient train --text my.txt --output_dir runs/universal --architecture universal_transformer
   hf-efficient train examples/transformer_xl_enwik8_base.yaml --output_dir runs/enwik8 --max_steps 100""",
     options=(TrainOptions, TrainArguments),
-    shown=SHOWN,
+    shown=TEXT_SHOWN,
     model_settings=lambda: {name: model_settings(name) for name in ARCHITECTURES},
-    run=run,
+    run=partial(run, train, summary),
+    variant=command_for,
 )

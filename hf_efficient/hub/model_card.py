@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PICTURES = {
     "loss.png": "Loss of training and validation against updates",
     "memory.png": "Bits per byte against memory length",
@@ -28,6 +27,44 @@ REQUIRED = (
     "hardware",
     "versions",
 )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a card says of a task, and the figures of the validation that it shows.
+
+    template: file beside this one. pipeline_tag: the Hub's name of the task. metrics: key in the report, what the Hub
+    calls it, label in the card, format.
+    """
+
+    name: str
+    template: str
+    pipeline_tag: str
+    tags: tuple[str, ...]
+    metrics: tuple[tuple[str, str, str, str], ...]
+
+
+LOSS = ("loss", "loss", "Loss (nats per token)", "{:.4f}")
+PERPLEXITY = ("perplexity", "perplexity", "Perplexity per token", "{:.2f}")
+TASKS = {
+    "language_modeling": Task(
+        "Language modelling",
+        "model_card_template.md",
+        "text-generation",
+        ("long-context",),
+        (LOSS, PERPLEXITY, ("bits_per_byte", "bits_per_byte", "Bits per byte", "{:.4f}")),
+    ),
+    "translation": Task(
+        "Translation",
+        "pair_card_template.md",
+        "translation",
+        (),
+        (LOSS, PERPLEXITY, ("bleu", "bleu", "BLEU", "{:.2f}")),
+    ),
+    "conversation": Task(
+        "Conversation", "pair_card_template.md", "text-generation", ("conversational",), (LOSS, PERPLEXITY)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +97,12 @@ PAPERS = {
         "1807.03819",
         "It repeats the same layers on a segment; with halting, every token decides after how many steps it is done.",
     ),
+    "evolved_transformer": Paper(
+        "Evolved Transformer",
+        "So et al. 2019",
+        "1901.11117",
+        "It reads each segment at once, by blocks that a search found: convolutions beside attention.",
+    ),
     "act_rnn": Paper(
         "recurrent",
         "Graves 2016",
@@ -69,6 +112,11 @@ PAPERS = {
 }
 # The reference form of LSH attention is not quite causal: later tokens move the borders of its chunks.
 LEAKY_LAYER = "lsh"
+# Settings that name one file.
+PAIR_FILES = (
+    *("source_text", "target_text", "pairs", "conversations"),
+    *("validation_source", "validation_target", "validation_pairs", "validation_conversations"),
+)
 # Texts whose name says little.
 TEXTS = {"python-docs": "the Python language reference (python-docs)"}
 
@@ -86,11 +134,13 @@ def write_model_card(run_folder: str | Path, license: str = "unknown") -> Path:
     """
     folder = Path(run_folder)
     report = read_finished_report(folder)
+    task = task_of(report)
     text = describe_text(report["data"]["text"])
     card = ModelCard.from_template(
         card_data(folder, report, license),
-        template_path=str(TEMPLATE),
+        template_path=str(Path(__file__).parent / task.template),
         report=report,
+        task=report.get("task"),
         paper=PAPERS[report["architecture"]],
         leaks=LEAKY_LAYER in read_layer_types(folder),
         model_name=folder.resolve().name,
@@ -143,6 +193,14 @@ def read_finished_report(folder: Path) -> dict[str, Any]:
     return report
 
 
+def task_of(report: dict[str, Any]) -> Task:
+    """What the model was trained for. Raises ValueError if the report names an unknown task."""
+    name = report.get("task", "language_modeling")
+    if name not in TASKS:
+        raise ValueError(f"task={name!r} in report.json is unknown; known are {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
 def read_layer_types(folder: Path) -> list[str]:
     """The attention of each layer, as far as the model's configuration names it."""
     path = folder / "config.json"
@@ -152,11 +210,12 @@ def read_layer_types(folder: Path) -> list[str]:
 def card_data(folder: Path, report: dict[str, Any], license: str) -> ModelCardData:
     """The metadata at the head of the card."""
     arxiv = PAPERS[report["architecture"]].arxiv
+    task = task_of(report)
     return ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hf_efficient", report["architecture"].replace("_", "-"), "long-context", f"arxiv:{arxiv}"],
+        pipeline_tag=task.pipeline_tag,
+        tags=["hf_efficient", report["architecture"].replace("_", "-"), *task.tags, f"arxiv:{arxiv}"],
         model_name=folder.resolve().name,
         eval_results=eval_results(report),
     )
@@ -167,19 +226,20 @@ def eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
     figures = report.get("validation")
     if figures is None:
         return None
-    text = describe_text(figures["text"])
+    text, task = describe_text(figures["text"]), task_of(report)
     return [
         EvalResult(
-            task_type="text-generation",
-            task_name="Language modelling",
+            task_type=task.pipeline_tag,
+            task_name=task.name,
             dataset_type=text,
             dataset_name=text,
             dataset_split="validation",
             metric_type=metric,
-            metric_name=label,
-            metric_value=round(figures[metric], 4),
+            metric_name=label.removesuffix(" per token"),
+            metric_value=round(figures[key], 4),
         )
-        for metric, label in (("perplexity", "Perplexity"), ("bits_per_byte", "Bits per byte"))
+        for key, metric, label, _ in task.metrics
+        if key in figures and key != "loss"
     ]
 
 
@@ -188,11 +248,7 @@ def result_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     figures = report.get("validation")
     if figures is None:
         return []
-    rows = [
-        ("Loss (nats per token)", f"{figures['loss']:.4f}"),
-        ("Perplexity per token", f"{figures['perplexity']:.2f}"),
-        ("Bits per byte", f"{figures['bits_per_byte']:.4f}"),
-    ]
+    rows = [(label, form.format(figures[key])) for key, _, label, form in task_of(report).metrics if key in figures]
     if "ponder_time" in figures:
         rows.append(("Steps per token", f"{figures['ponder_time']:.2f} ± {figures['ponder_time_std']:.2f}"))
     if "bits_per_byte_without_memory" in report:
@@ -205,6 +261,7 @@ def settings_rows(settings: dict[str, Any]) -> list[tuple[str, str]]:
     flat = {name: value for name, value in settings.items() if name != "model"}
     flat |= {f"model.{name}": value for name, value in settings.get("model", {}).items()}
     flat |= {name: describe_text(flat[name]) for name in ("text", "validation_text") if name in flat}
+    flat |= {name: describe_text([flat[name]]) for name in PAIR_FILES if name in flat}
     return [(name, str(value).replace("|", "\\|")) for name, value in flat.items()]
 
 

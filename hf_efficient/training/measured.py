@@ -152,10 +152,14 @@ class MeasuredRun:
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
         elif "train_runtime" in logs:
             self._meter.lap()
-            logs["train_tokens"] = self._meter.num_tokens
+            logs["train_tokens"] = self._train_tokens()
             logs["train_tokens_per_second"] = self._meter.tokens_per_second
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
         super().log(logs, start_time)
+
+    def _train_tokens(self) -> int:
+        """Tokens that were predicted since the training began."""
+        return self._meter.num_tokens
 
 
 def quality(loss: float, dataset: Any) -> dict[str, float]:

@@ -127,6 +127,11 @@ class TokenMeter:
         """Mean over all finished laps; 0 before the first."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all laps, the running one too; waits for the accelerator."""
+        return self.num_tokens + int(self._pending)
+
     def start(self) -> None:
         """Start the clock, if it is not running yet."""
         if self._lap_start is None:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data import PairCollator
 from .measured import MeasuredRun
@@ -76,14 +76,14 @@ class PairTrainer(MeasuredRun, Seq2SeqTrainer):
         if data_collator is None:
             # The trainer's own smoothing takes the labels away, and with them what decoder inputs are made from.
             self.data_collator = PairCollator(processing_class, model=self.model if smoothing > 0 else None)
-        if args.predict_with_generate:
-            self._limit_generation()
+        self._limit_generation()
 
     def _limit_generation(self) -> None:
-        """Give generation a longest length if it has none."""
+        """Give generation a longest length if it has none: transformers would end every text after 20 tokens."""
         config = self.model.generation_config
-        lengths = (self.args.generation_max_length, config.max_length, config.max_new_tokens)
-        if self.train_dataset is not None and lengths == (None, None, None):
+        if self.args.generation_max_length is not None:
+            config.max_length = self.args.generation_max_length
+        elif self.train_dataset is not None and config.max_length is None and config.max_new_tokens is None:
             config.max_length = longest_target(self.train_dataset) + 1  # the start token counts
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -108,6 +108,22 @@ class PairTrainer(MeasuredRun, Seq2SeqTrainer):
             self.lr_scheduler = constant_then_inverse_sqrt(optimizer, self.args.constant_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint; see `MeasuredRun.train`."""
+        self._saved_tokens = 0
+        return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save, and with it how many target tokens were read, which the steps alone do not tell."""
+        num_tokens = self._meter.all_tokens
+        self.state.num_input_tokens_seen += num_tokens - self._saved_tokens
+        self._saved_tokens = num_tokens
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _train_tokens(self) -> int:
+        """With those before the checkpoint that the training went on from."""
+        return super()._train_tokens() + self.state.num_input_tokens_seen - self._saved_tokens
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """One pass over a dataset; pairs that fill up the last batch of several processes are left out."""
@@ -160,6 +176,8 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 def longest_target(tokens: Dataset) -> int:
     """Tokens of the longest row of "labels"."""
+    if not hasattr(tokens, "select_columns"):
+        return max(len(row["labels"]) for row in tokens)
     batches = tokens.select_columns("labels").with_format("arrow").iter(batch_size=10_000)
     return max(batch["labels"].combine_chunks().value_lengths().to_numpy().max() for batch in batches).item()
 

@@ -48,15 +48,17 @@ class BleuMetric:
     """`compute_metrics` for a trainer with `predict_with_generate`: "bleu" and "length_ratio".
 
     References are the decoded labels, which are the target texts themselves with a tokenizer that gives any text back,
-    such as that of `train_seq2seq_tokenizer`.
+    such as that of `train_seq2seq_tokenizer`. `signature` is sacrebleu's, of the last call.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
+        self.signature = ""
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, Any]:
         translations, references = (self.decode(ids) for ids in (prediction.predictions, prediction.label_ids))
         score = bleu(translations, references)
+        self.signature = score.signature
         return {"bleu": score.bleu, "length_ratio": score.length_ratio}
 
     def decode(self, ids: np.ndarray) -> list[str]:
