@@ -126,6 +126,12 @@ class EvolvedTransformerConfig(PreTrainedConfig):
         return super().to_diff_dict() | {"is_encoder_decoder": self.is_encoder_decoder}
 
     @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """What FSDP2 gathers at once: a block."""
+        names = {"encoder": not self.is_decoder, "decoder": self.has_decoder}
+        return {f"{name}.layers.*": "free_full_weight" for name, is_there in names.items() if is_there}
+
+    @property
     def has_decoder(self) -> bool:
         """Whether there is a causal stack."""
         return bool(self.is_decoder or self.is_encoder_decoder)

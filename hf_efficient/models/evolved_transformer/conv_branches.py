@@ -28,8 +28,8 @@ DECODER_OUT = 7
 # Rows that a decoder's stages look back on.
 STATE_LENGTHS = (DECODER_WIDE - 1, DECODER_OUT - 1)
 
-# Up to so many results a product and a sum are quicker than a convolution.
-FEW_ROWS = 16
+# Up to so many products, multiplying and adding by themselves are quicker than a convolution.
+FEW_PRODUCTS = 2**16
 
 
 def depthwise_convolution(rows: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
@@ -44,9 +44,9 @@ def depthwise_convolution(rows: Tensor, weight: Tensor, padding: int = 0) -> Ten
         (B, L + 2 * padding - k + 1, C). Cost O(B L C k).
     """
     width = weight.shape[2]
-    num_results = rows.shape[0] * (rows.shape[1] - width + 1)
+    num_products = rows.shape[0] * (rows.shape[1] - width + 1) * weight.numel()
     # A graph may be made for many lengths, so that it cannot depend on this one.
-    if padding == 0 and not torch.compiler.is_compiling() and num_results <= FEW_ROWS:
+    if padding == 0 and not torch.compiler.is_compiling() and num_products <= FEW_PRODUCTS:
         return (rows.unfold(1, width, 1) * weight[:, 0]).sum(dim=-1)
     return _convolve(rows, weight, None, padding, groups=weight.shape[0])
 

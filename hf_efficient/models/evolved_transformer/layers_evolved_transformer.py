@@ -119,6 +119,7 @@ class EvolvedTransformerAttention(nn.Module):
         self.num_heads = num_heads
         self.is_causal = is_causal
         self.head_size = config.hidden_size // num_heads
+        self.dropout = config.attention_dropout
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -150,7 +151,7 @@ class EvolvedTransformerAttention(nn.Module):
             *keys,
             mask,
             scaling=self.head_size**-0.5,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.dropout if self.training else 0.0,
             is_causal=self.is_causal,
         )
         return self.o_proj(output.flatten(-2)), weights

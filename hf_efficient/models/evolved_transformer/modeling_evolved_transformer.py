@@ -230,7 +230,8 @@ class EvolvedTransformerDecoder(EvolvedTransformerStack):
         mask = create_causal_mask(self.config, tokens.embeds, tokens.mask, own_cache)
         cross_mask = None
         if self.has_cross_attention:
-            check_encoder_states(encoder_hidden_states, encoder_attention_mask, len(tokens.embeds), self.config)
+            batch_size = tokens.embeds.shape[0]
+            check_encoder_states(encoder_hidden_states, encoder_attention_mask, batch_size, self.config)
             cross_mask = bidirectional_mask(self.config, tokens.embeds, encoder_attention_mask, encoder_hidden_states)
         states = self._enter(tokens)
         all_states, attentions, cross_attentions = [states], [], []
