@@ -202,9 +202,9 @@ class UniversalTransformerCacheLayer(CacheLayerMixin):
         if not self.record_past:
             # A copy, or all the tokens of a prompt would stay in memory.
             return new[:, -width:].clone()
+        num_recorded = max(RECORDED_TOKENS, new.shape[1] - width)
         if self.past_rows is not None:
             new = torch.cat([self.past_rows[index][:, :-width], new], dim=1)
-        num_recorded = max(RECORDED_TOKENS, new.shape[1] - width)
         return new[:, -width - num_recorded :].clone()
 
     @property
@@ -289,6 +289,8 @@ def select_rows(states: Tensor, indices: Tensor) -> Tensor:
 
 class UniversalTransformerCache(DynamicCache):
     """Cache of all steps of all blocks, updated in place by the model and returned as `past_key_values`.
+
+    Architecture: Dehghani et al. 2019, arXiv 1807.03819.
 
     Slots are made when they are first written, so a call may take more steps than `config.max_steps`. All calls with
     one cache take the same number of steps, since its tokens have keys for that many. It takes the batch size of its
