@@ -1,4 +1,7 @@
-"""Pictures of runs: the loss curve, what memory is worth, where a model ponders. Needs matplotlib: extra `plots`."""
+"""Pictures of runs: curves of loss and BLEU, attention, what memory is worth, where a model ponders.
+
+Needs matplotlib: extra `plots`.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +37,61 @@ def plot_loss(history: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     if validation:
         axes.plot(*zip(*validation, strict=True), color=ORANGE, marker="o", markersize=5, label="validation")
         axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plot_translation(history: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """Draw the course of a training in translation: loss on the left, BLEU of the validation set on the right.
+
+    history: a trainer's log: mappings with "step" and "loss", "eval_loss" or "eval_bleu".
+
+    Raises ValueError if there is no loss of training, or no BLEU, in it.
+    """
+    history = list(history)
+    curves = {
+        name: [(entry["step"], entry[name]) for entry in history if name in entry]
+        for name in ("loss", "eval_loss", "eval_bleu")
+    }
+    for name, mend in (("loss", "a smaller logging_steps"), ("eval_bleu", "predict_with_generate=True")):
+        if not curves[name]:
+            raise ValueError(f"history holds no entry with {name!r}: it needs {mend}.")
+    figure = Figure(figsize=(9, 3.8), dpi=144, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _dress(left, "Loss while training", "updates", "nats per token")
+    _dress(right, "BLEU of the validation set", "updates", "BLEU, greedy")
+    left.plot(*zip(*curves["loss"], strict=True), color=BLUE, linewidth=1.6, label="training")
+    if curves["eval_loss"]:
+        left.plot(*zip(*curves["eval_loss"], strict=True), color=ORANGE, marker="o", markersize=5, label="validation")
+        left.legend(frameon=False)
+    right.plot(*zip(*curves["eval_bleu"], strict=True), color=ORANGE, marker="o", markersize=5)
+    right.set_ylim(bottom=0)
+    figure.savefig(path)
+
+
+def plot_attention(
+    maps: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[str], Sequence[str]]], path: str | Path
+) -> None:
+    """Draw attention weights, one map beside the other: a row for each token that looks, the darker the more it sees.
+
+    maps: title to weights (rows, columns) from 0 to 1, the tokens that look (rows), and those looked at (columns).
+
+    Raises ValueError if there is no map, or one has not as many rows and columns as tokens.
+    """
+    if not maps:
+        raise ValueError("maps is empty: give at least one title with its weights and tokens.")
+    figure = Figure(figsize=(4.6 * len(maps), 4.6), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axes, (title, (weights, rows, columns)) in zip(panels, maps.items(), strict=True):
+        if len(weights) != len(rows) or any(len(row) != len(columns) for row in weights):
+            shape = (len(weights), *{len(row) for row in weights})
+            raise ValueError(f"maps[{title!r}] has weights {shape} for {len(rows)} by {len(columns)} tokens.")
+        axes.pcolormesh([[float(weight) for weight in row] for row in weights], cmap=SHADES, vmin=0.0, vmax=1.0)
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        places = [place + 0.5 for place in range(max(len(rows), len(columns)))]
+        axes.set_xticks(places[: len(columns)], columns, rotation=90, fontsize=8)
+        axes.set_yticks(places[: len(rows)], rows, fontsize=8)
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
     figure.savefig(path)
 
 
@@ -128,6 +186,12 @@ def plot_ponder_histogram(ponder_times: Iterable[float], path: str | Path, max_s
 def _canvas(title: str, x_label: str, y_label: str, width: float = 7) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, 4.2), dpi=144, layout="constrained")
     axes = figure.add_subplot()
+    _dress(axes, title, x_label, y_label)
+    return figure, axes
+
+
+def _dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels and lines as in all pictures."""
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -135,4 +199,3 @@ def _canvas(title: str, x_label: str, y_label: str, width: float = 7) -> tuple[F
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes

@@ -6,7 +6,14 @@ from importlib import import_module
 import pytest
 from matplotlib.image import imread
 
-from hf_efficient.plots import plot_halting_map, plot_loss, plot_memory, plot_ponder_histogram
+from hf_efficient.plots import (
+    plot_attention,
+    plot_halting_map,
+    plot_loss,
+    plot_memory,
+    plot_ponder_histogram,
+    plot_translation,
+)
 
 HISTORY = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.5}, {"step": 20, "eval_loss": 2.6}]
 CURVE = [{"mem_len": 64, "bits_per_byte": 1.9}, {"mem_len": 0, "bits_per_byte": 2.3}]
@@ -23,6 +30,21 @@ def test_loss_curve(tmp_path, history):
     assert is_picture(tmp_path / "loss.png")
 
 
+@pytest.mark.parametrize("scores", [HISTORY, HISTORY[:1]])
+def test_course_of_a_translation(tmp_path, scores):
+    plot_translation([*scores, {"step": 20, "eval_bleu": 7.5}], tmp_path / "course.png")
+    assert is_picture(tmp_path / "course.png")
+
+
+def test_attention_has_a_map_beside_the_other(tmp_path):
+    weights = [[0.2, 0.8, 0.0], [1.0, 0.0, 0.0]]
+    panel = (weights, ["ein", "Hut"], ["a", "red", "hat"])
+    plot_attention({"one": panel}, tmp_path / "1.png")
+    plot_attention({"one": panel, "two": panel}, tmp_path / "2.png")
+    assert is_picture(tmp_path / "1.png")
+    assert imread(tmp_path / "2.png").shape[1] == 2 * imread(tmp_path / "1.png").shape[1]
+
+
 @pytest.mark.parametrize("trained", [64, 48])
 def test_memory_curve(tmp_path, trained):
     plot_memory(CURVE, tmp_path / "memory.png", trained)
@@ -32,6 +54,14 @@ def test_memory_curve(tmp_path, trained):
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="logging_steps"):
         plot_loss(HISTORY[2:], tmp_path / "loss.png")
+    with pytest.raises(ValueError, match="'loss': it needs a smaller logging_steps"):
+        plot_translation(HISTORY[2:], tmp_path / "loss.png")
+    with pytest.raises(ValueError, match="'eval_bleu': it needs predict_with_generate=True"):
+        plot_translation(HISTORY, tmp_path / "loss.png")
+    with pytest.raises(ValueError, match="maps is empty"):
+        plot_attention({}, tmp_path / "map.png")
+    with pytest.raises(ValueError, match=r"maps\['one'\] has weights \(1, 2\) for 1 by 3 tokens"):
+        plot_attention({"one": ([[0.5, 0.5]], ["a"], ["b", "c", "d"])}, tmp_path / "map.png")
     with pytest.raises(ValueError, match="two memory lengths"):
         plot_memory(CURVE[:1], tmp_path / "memory.png", 64)
     assert list(tmp_path.iterdir()) == []
