@@ -26,6 +26,8 @@ TRAINING_STATE = (
     *("optimizer.*", "scheduler.*", "scaler.*", "rng_state*"),
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
+# What is more than itself in a pattern of git's.
+GLOB = re.compile(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])")
 IGNORE_FILES = (".gitignore", ".hubignore")
 BINARY = (".safetensors", ".model", ".spm", ".png", ".jpg", ".jpeg", ".gif", ".webp")
 SECRETS = {
@@ -54,9 +56,18 @@ class Upload:
         """In bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
+    def read(self) -> bytes:
+        """Its content."""
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
     def text(self) -> str:
-        """Its content as text."""
-        return (self.content if isinstance(self.content, bytes) else self.content.read_bytes()).decode("utf-8")
+        """Its content as text. Raises ValueError if it is none."""
+        try:
+            return self.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.name} is no text in UTF-8 ({error}); save it again, or name it in .hubignore."
+            ) from error
 
 
 @dataclass
@@ -86,9 +97,16 @@ class Rule:
         if self.pattern.endswith("/"):
             paths = paths[:-1]
         pattern = self.pattern.rstrip("/")
-        if "/" in pattern:
-            return any(fnmatchcase(path, pattern.lstrip("/")) for path in paths)
-        return any(fnmatchcase(path.rpartition("/")[2], pattern) for path in paths)
+        anywhere = "" if "/" in pattern else "(?:.*/)?"
+        wanted = re.compile(anywhere + "".join(map(as_expression, GLOB.split(pattern.lstrip("/")))))
+        return any(wanted.fullmatch(path) for path in paths)
+
+
+def as_expression(part: str) -> str:
+    """A regular expression for a part of a pattern of git's."""
+    if part.startswith("[") and part.endswith("]"):
+        return part.replace("[!", "[^", 1)
+    return {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part))
 
 
 def collect_contents(folder: Path, with_code: bool) -> Contents:

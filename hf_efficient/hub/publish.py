@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -27,7 +29,7 @@ FROM_THE_HUB = {".gitattributes"}
 # Weights of an earlier commit under another name would be loaded in place of the new ones.
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 OUT_OF_SPACE = {413, 507}
-SPACE_WORDS = ("quota", "storage", "space")
+SPACE_WORDS = ("quota", "storage limit", "storage space")
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def publish(
         `trust_remote_code=True` where hf_efficient is not installed.
     private: whether a new repository is private; None leaves it to the account's setting.
     revision: the branch, made if it is missing; None means main.
-    exist_ok: add a commit to a repository of yours that holds files already. One that is empty, as an interrupted
-        attempt leaves it, needs no permission.
+    exist_ok: add a commit to a repository of yours that holds other files already. One that is empty, as an
+        interrupted attempt leaves it, needs no permission.
     dry_run: check and print all that can be checked without the Hub; nothing is sent, not even a question.
     token: of the account; None takes the one in HF_TOKEN or of `hf auth login`.
 
@@ -118,7 +120,9 @@ def publish(
         repo_id = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
         rename_in_card(contents, repo_id, with_code)
         publication = replace(publication, repo_id=repo_id, files=dict(sorted(contents.files.items())))
-        present = prepare_repository(api, repo_id, owners(account), private, exist_ok)
+        present = prepare_repository(api, publication, owners(account), private)
+        if present and not exist_ok:
+            check_free(api, publication, revision)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
             present = set(api.list_repo_files(repo_id, revision=revision))
@@ -152,35 +156,57 @@ def owners(account: dict[str, Any]) -> set[str]:
     return {account["name"], *(organisation["name"] for organisation in account.get("orgs", []))}
 
 
-def prepare_repository(api: HfApi, repo_id: str, names: set[str], private: bool | None, exist_ok: bool) -> set[str]:
+def prepare_repository(api: HfApi, publication: Publication, names: set[str], private: bool | None) -> set[str]:
     """Make the repository if it is missing, and return the names of the files in it.
 
     names: the owners under whose names the account may publish.
 
-    Raises FileExistsError if it is another's, or holds files and `exist_ok` is False; ValueError if it is there and
-    not as `private` says.
+    Raises FileExistsError if the repository is another's; ValueError if it is there and not as `private` says.
     """
+    repo_id = publication.repo_id
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         api.create_repo(repo_id, private=private, exist_ok=False)
         return set()
-    present = {sibling.rfilename for sibling in info.siblings or []}
     if repo_id.partition("/")[0] not in names:
         raise FileExistsError(
             f"repo_id={repo_id!r} is taken, and not yours; choose a name under {' or '.join(sorted(names))}."
-        )
-    if present - FROM_THE_HUB and not exist_ok:
-        raise FileExistsError(
-            f"repo_id={repo_id!r} is taken: you have a model of that name. Choose another, or pass exist_ok=True "
-            "(--exist_ok) to add a commit to it."
         )
     if private is not None and info.private != private:
         raise ValueError(
             f"private={private} cannot be had: {repo_id} is there already and is {'' if info.private else 'not '}"
             "private; leave the argument out, or change the repository in its settings on the Hub."
         )
-    return present
+    return {sibling.rfilename for sibling in info.siblings or []} - FROM_THE_HUB
+
+
+def check_free(api: HfApi, publication: Publication, revision: str | None) -> None:
+    """Raises FileExistsError if a repository with files in it holds others than those that are to go there.
+
+    They are the same where the last attempt came to its end but the answer was lost on the way.
+    """
+    try:
+        entries = list(api.list_repo_tree(publication.repo_id, recursive=True, revision=revision))
+    except RevisionNotFoundError:
+        entries = []
+    there = {entry.path: entry for entry in entries}
+    for name, upload in publication.files.items():
+        if name not in there or not is_same(there[name], upload):
+            raise FileExistsError(
+                f"repo_id={publication.repo_id!r} is taken: you have a model of that name. Choose another, or pass "
+                "exist_ok=True (--exist_ok) to add a commit to it."
+            )
+
+
+def is_same(entry: RepoFile, upload: Upload) -> bool:
+    """Whether a file on the Hub has the content of ours: it tells git's hash of small ones, SHA-256 of large ones."""
+    if entry.size != upload.size:
+        return False
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == CommitOperationAdd(upload.name, upload.content).upload_info.sha256.hex()
+    content = upload.read()
+    return entry.blob_id == sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
 
 
 def stale_weights(present: set[str], files: dict[str, Upload]) -> tuple[str, ...]:

@@ -26,6 +26,18 @@ TEAM = "team"
 LARGE = (".safetensors", ".model", ".png")
 
 
+def is_large(path: str) -> bool:
+    """Whether the Hub keeps a file as a blob of Git LFS."""
+    return path.endswith(LARGE)
+
+
+def content_hash(path: str, data: bytes) -> str:
+    """What the Hub tells a file's content by: git's hash, or that of LFS."""
+    if is_large(path):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 @dataclass
 class Fault:
     """What goes wrong with the requests of one kind.
@@ -87,13 +99,13 @@ class LoopbackHub:
     """The server, in a thread of this process, while the `with` block lasts.
 
     endpoint: its address. repositories: by name. blobs: large files that arrived whole, by SHA-256. requests: method,
-    path and number of bytes received of every request, in order.
+    path and body of every request, in order, as far as it was received.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
-        self.requests: list[tuple[str, str, int]] = []
+        self.requests: list[tuple[str, str, bytes]] = []
         self.faults: list[Fault] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -116,7 +128,7 @@ class LoopbackHub:
 
     def received(self, method: str, path: str) -> list[int]:
         """Bytes received by each request of a kind."""
-        return [size for kind, where, size in self.requests if kind == method and where.startswith(path)]
+        return [len(body) for kind, where, body in self.requests if kind == method and where.startswith(path)]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -133,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = next((fault for fault in self.hub.faults if fault.strikes(self.command, path)), None)
         cut_request = fault is not None and fault.cut_after is not None and not fault.of_answer
         self.body = self.read_body(fault.cut_after if cut_request else None)
-        self.hub.requests.append((self.command, path, len(self.body)))
+        self.hub.requests.append((self.command, path, self.body))
         self.answer_cut = fault.cut_after if fault is not None and fault.of_answer else None
         if cut_request:
             self.close_connection = True
@@ -250,9 +262,13 @@ class Handler(BaseHTTPRequestHandler):
         present = self.repository(name).commits[self.sha(name, branch)]
         ignored = present.get(".gitignore", b"").decode().splitlines()
         files = []
-        for file in json.loads(self.body)["files"]:
-            mode = "lfs" if file["path"].endswith(LARGE) else "regular"
-            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": file["path"] in ignored})
+        for path in [file["path"] for file in json.loads(self.body)["files"]]:
+            plan = {
+                "path": path,
+                "uploadMode": "lfs" if is_large(path) else "regular",
+                "shouldIgnore": path in ignored,
+            }
+            files.append(plan | ({"oid": content_hash(path, present[path])} if path in present else {}))
         self.reply({"files": files})
 
     def plan_blobs(self, name: str) -> None:
@@ -299,9 +315,12 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}"})
 
     def tree(self, name: str, revision: str) -> None:
-        files = self.repository(name).commits[self.sha(name, revision)]
-        entries = [{"type": "file", "path": path, "size": len(data)} for path, data in sorted(files.items())]
-        self.reply([entry | {"oid": hashlib.sha1(files[entry["path"]]).hexdigest()} for entry in entries])
+        entries = []
+        for path, data in sorted(self.repository(name).commits[self.sha(name, revision)].items()):
+            entry = {"type": "file", "path": path, "size": len(data), "oid": content_hash(path, data)}
+            large = {"oid": entry["oid"], "size": len(data), "pointerSize": 134}
+            entries.append(entry | ({"lfs": large} if is_large(path) else {}))
+        self.reply(entries)
 
     def file(self, name: str, revision: str, path: str) -> None:
         sha = self.sha(name, revision)
