@@ -51,6 +51,8 @@ class AgreementPair(NamedTuple):
 def read_number_prediction(source: str | Path) -> Iterator[AgreementSentence]:
     """The sentences of `numpred.*` files, `VBZ` or `VBP`, a tab and the words before the verb in a line.
 
+    From Linzen et al. 2016, arXiv 1611.01368.
+
     source: one file, which may end with .gz. A name such as numpred.test.2 tells the number of attractors.
     Raises ValueError, with file and line, for a line of another form.
     """
@@ -65,6 +67,8 @@ def read_number_prediction(source: str | Path) -> Iterator[AgreementSentence]:
 
 def read_agreement_table(source: str | Path) -> Iterator[AgreementSentence]:
     """The sentences of the whole table, `agr_50_mostcommon_10K.tsv`, which may end with .gz.
+
+    From Linzen et al. 2016, arXiv 1611.01368.
 
     As in the paper, attractors are only counted where all nouns between subject and verb are attractors; elsewhere
     `num_attractors` is None. Raises ValueError for a table without the columns that it needs.
@@ -83,6 +87,8 @@ def read_agreement_table(source: str | Path) -> Iterator[AgreementSentence]:
 
 def read_minimal_pairs(source: str | Path) -> Iterator[AgreementPair]:
     """The pairs of Marvin and Linzen 2018: construction, variant, right and wrong sentence, with tabs between them.
+
+    From Marvin and Linzen 2018, arXiv 1808.09031.
 
     A line with two wrong sentences makes two pairs. Raises ValueError, with file and line, for a line of another form.
     """

@@ -1,6 +1,6 @@
 """Copy, reverse and addition: the algorithmic tasks of the Universal Transformer paper.
 
-Dehghani et al. 2019 (arXiv 1807.03819), section 3.2: trained on inputs of up to 40 symbols, tested on up to 400. The
+Dehghani et al. 2019 (arXiv 1807.03819), section 3.4: trained on inputs of up to 40 symbols, tested on up to 400. The
 rules are tensor2tensor's (`data_generators/algorithmic.py`): a length is drawn uniformly, ids 0 and 1 are padding and
 end of sequence, symbol s has id s + 2, and input and target both end with the end of sequence. Numbers are written
 with the least digit first. One error is mended: tensor2tensor's addition counts 10 symbols although its separator is
@@ -73,7 +73,7 @@ class AlgorithmicTask(GeneratedTask):
 
 
 class CopyTask(AlgorithmicTask):
-    """The target is the source."""
+    """The target is the source (Dehghani et al. 2019, arXiv 1807.03819, section 3.4)."""
 
     def make_pair(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Symbols, and the same again."""
@@ -82,7 +82,7 @@ class CopyTask(AlgorithmicTask):
 
 
 class ReverseTask(AlgorithmicTask):
-    """The target is the source, last symbol first."""
+    """The target is the source, last symbol first (Dehghani et al. 2019, arXiv 1807.03819, section 3.4)."""
 
     def make_pair(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Symbols, and the same backwards."""
@@ -92,6 +92,8 @@ class ReverseTask(AlgorithmicTask):
 
 class AdditionTask(AlgorithmicTask):
     """The source is two numbers with a separator between them, the target their sum; least digit first.
+
+    From Dehghani et al. 2019, arXiv 1807.03819, section 3.4.
 
     A source of at most L symbols has a first number of 1 to L // 2 digits and a second that fits into the rest, each
     length drawn uniformly. Numbers do not end with a zero, unless they are one digit. Base `num_symbols`.

@@ -36,7 +36,7 @@ class BabiQuestion(NamedTuple):
 def read_babi(
     source: str | Path, tasks: int | Sequence[int] | None = None, split: str = "train", folder: str = "en-10k"
 ) -> Iterator[BabiQuestion]:
-    """The questions of one task, or of several for joint training, one by one.
+    """The questions of one task, or of several for joint training, one by one (Weston et al. 2015, arXiv 1502.05698).
 
     source: a task file, the unpacked folder, or the .tar.gz archive (read in place, never unpacked).
     tasks, split, folder: which files of a folder or an archive: `qa{task}_*_{split}.txt` in `folder` ("en" has 1,000

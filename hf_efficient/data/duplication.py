@@ -15,6 +15,8 @@ from .lanes import IGNORE
 class DuplicationTask(torch.utils.data.Dataset):
     """Examples of the duplication task. Item i depends on `seed` and i alone, so there is nothing to store.
 
+    From Kitaev et al. 2020, arXiv 2001.04451, table 2.
+
     - "input_ids": (2 * num_symbols + 2,) int64: 0, the symbols w, 0, the same symbols again.
     - "labels": `input_ids` at the second w, -100 elsewhere; models shift them themselves.
 

@@ -37,6 +37,8 @@ BASE = 10
 class GravesTask(GeneratedTask):
     """Sequences of vectors with one label per step, or several: what `make_batch` of a sub-class gives.
 
+    From Graves 2016, arXiv 1603.08983, section 3.
+
     - "inputs_embeds": (L, I) float32.
     - "labels": (L,) int64 or (L, K), -100 where a step has no target.
 
@@ -83,6 +85,8 @@ class GravesTask(GeneratedTask):
 class ParityTask(GravesTask):
     """Is the number of ones odd? One vector, of which 1 to `num_bits` random entries are 1 or -1 and the others 0.
 
+    From Graves 2016, arXiv 1603.08983, section 3.
+
     Paper: 64 bits.
     """
 
@@ -109,6 +113,8 @@ class ParityTask(GravesTask):
 
 class LogicTask(GravesTask):
     """Apply a chain of logic gates to two bits, at each of 1 to `max_length` steps.
+
+    From Graves 2016, arXiv 1603.08983, section 3.
 
     A vector has two bits b_0 and b_1, and 1 to `max_gates` gates T_1, T_2, ... as one-hot chunks of 10, zeros behind
     them. b_{i+1} = T_i(b_i, b_{i-1}), and the target is the last of these. From the second step on, b_0 is the
@@ -161,6 +167,8 @@ class LogicTask(GravesTask):
 class AdditionVectorsTask(GravesTask):
     """Add up 1 to `max_length` numbers of 1 to `max_digits` digits, one number per step.
 
+    From Graves 2016, arXiv 1603.08983, section 3.
+
     A number is one-hot digits, the most significant first, zeros behind its end. From the second step on the target is
     the sum so far: as many digits as the largest sum has, one label each, with class 10 for every place behind its
     end. A number of several digits does not begin with 0. Paper: 5 numbers of 5 digits, so 6 labels.
@@ -204,6 +212,8 @@ class AdditionVectorsTask(GravesTask):
 
 class SortTask(GravesTask):
     """Sort 2 to `max_length` normal numbers: read them one by one, then name them in ascending order.
+
+    From Graves 2016, arXiv 1603.08983, section 3.
 
     A vector is a number and a flag, 1 at the last number. Then come as many steps with zeros; the target of the first
     is the position, from 0, of the least number, and so on. Paper: 15 numbers.

@@ -12,7 +12,10 @@ from .text_sources import lines_of
 
 
 def read_lambada(source: str | Path) -> Iterator[str]:
-    """The passages of a file: one in a line, as text or as JSON with the key "text"; the file may end with .gz."""
+    """The passages of a file: one in a line, as text or as JSON with the key "text"; the file may end with .gz.
+
+    From Paperno et al. 2016, arXiv 1606.06031.
+    """
     for _, line in lines_of(source):
         yield (json.loads(line)["text"] if line.startswith("{") else line).strip()
 

@@ -233,6 +233,8 @@ def segment_lanes(
 ) -> SegmentLanes:
     """Cut tokenized documents into lanes of segments, of which each token belongs to exactly one.
 
+    From Dai et al. 2019, arXiv 1901.02860, section 3.2.
+
     Args:
         tokens: table with the column "input_ids"; also "num_bytes" and "ends_document" if there
             (`tokenize_documents`).

@@ -82,6 +82,8 @@ MEMORISATION: dict[str, Callable[[str], str]] = {
 class LearningToExecuteTask(GeneratedTask):
     """Strings and what becomes of them: the ids of their characters in the form of `sequence_pair`.
 
+    From Zaremba and Sutskever 2014, arXiv 1410.4615.
+
     task: "copy", "double" or "reverse" of a number, or "addition", "control" or "program", whose target is the value
         of the program, modulo 10 ** (length + 1).
     max_length: most digits of a literal (the paper: 5, and 55 for memorisation).

@@ -115,7 +115,7 @@ def count_operators(formula: str) -> int:
 
 
 class LogicalInferenceTask(GeneratedTask):
-    """Pairs of random formulas with the relation that holds between them.
+    """Pairs of random formulas with the relation that holds between them (Bowman et al. 2015, arXiv 1506.04834).
 
     - "input_ids": (length,) int64, the left formula, the separator, the right formula; "labels": (), of `RELATIONS`.
     - With `separate`: "left_input_ids" and "right_input_ids" instead, for the same encoder applied to each side.
@@ -199,7 +199,7 @@ def random_formula(num_operators: int, variables: list[str], generator: np.rando
 
 
 def read_logical_inference(source: str | Path, split: str | None = None) -> Iterator[FormulaPair]:
-    """The pairs of tab-separated files, one by one.
+    """The pairs of tab-separated files, one by one (Bowman et al. 2015, arXiv 1506.04834).
 
     source: a file, a folder or a .tar.gz archive. Lines are `relation, left, right`, as Bowman et al. 2015 publish
     them (train0 ... train12, test0 ... test12), or `operators, relation, left, right`; files may end with .gz.

@@ -87,7 +87,7 @@ def scan_commands() -> Iterator[str]:
 
 
 def generate_scan(division: str, split: str, seed: int = 0) -> list[ScanExample]:
-    """The examples of one split of one division.
+    """The examples of one split of one division (Lake and Baroni 2018, arXiv 1711.00350).
 
     division: "length": trained on up to 22 actions, tested on 24 to 48. "add_jump": trained on everything without
         "jump" and on "jump" alone, which makes a tenth of the examples; tested on the rest. Both are example by
@@ -115,6 +115,8 @@ def generate_scan(division: str, split: str, seed: int = 0) -> list[ScanExample]
 
 def read_scan(source: str | Path) -> Iterator[ScanExample]:
     """The examples of one of the authors' files, `IN: command OUT: actions` in a line; it may end with .gz.
+
+    From Lake and Baroni 2018, arXiv 1711.00350.
 
     Raises ValueError, with file and line, for a line of another form.
     """

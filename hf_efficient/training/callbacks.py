@@ -63,7 +63,7 @@ class PonderTotals:
         self.sums: Tensor | None = None
 
     def add(self, ponder_times: Tensor) -> None:
-        """Count one batch (batch, length), without the positions that took no step: pads."""
+        """Count one batch of `ponder_times` (batch, length), without the positions that took no step: pads."""
         times = ponder_times.detach().to(_widest(ponder_times.device))
         sums = torch.stack([(times > 0).sum().to(times.dtype), times.sum(), times.square().sum()])
         self.sums = sums if self.sums is None else self.sums + sums
@@ -90,6 +90,8 @@ def _widest(device: torch.device | str) -> torch.dtype:
 
 class PonderTimeCallback(TrainerCallback):
     """Logs how many steps the positions of a model with adaptive computation time take: their mean and their spread.
+
+    From Graves 2016, arXiv 1603.08983.
 
     Every log of training gets `ponder_time` and `ponder_time_std` over the batches since the last one, every log of an
     evaluation within training `eval_ponder_time` and `eval_ponder_time_std`. For an encoder-decoder these are the

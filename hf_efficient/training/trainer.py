@@ -20,6 +20,8 @@ from .text_trainer import TextTrainer
 class SegmentTrainer(TextTrainer):
     """`TextTrainer` with segment memory: what a segment leaves in `past_key_values`, the next one attends to.
 
+    From Dai et al. 2019, arXiv 1901.02860, section 3.2.
+
     The datasets come from `hf_efficient.data.segment_lanes`: row b of every batch continues row b of the batch before,
     in each process its own rows. Memory moves on with every batch, also inside an accumulated update; rows start anew
     where a batch's column `reset` says so (lane starts, and document starts if the dataset marks them). Gradients stop

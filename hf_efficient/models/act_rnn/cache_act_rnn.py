@@ -83,6 +83,8 @@ class ActRnnCacheLayer(CacheLayerMixin):
 class ActRnnCache(Cache):
     """Recurrent state of all layers, updated in place by the model and returned as `past_key_values`.
 
+    Architecture: Graves 2016, arXiv 1603.08983.
+
     It starts from zeros and takes the batch size of its first use. Its size does not depend on how much was read.
     Gradient ends at it: training piece by piece with it is truncated back-propagation through time.
     """

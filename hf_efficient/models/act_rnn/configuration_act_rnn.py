@@ -14,6 +14,8 @@ CHOICES = {"cell": ("rnn", "lstm", "gru"), "halting": ("none", "act"), "pooling"
 class ActRnnConfig(PreTrainedConfig):
     r"""Configuration of a recurrent network that may ponder: repeat its step on an input until it decides to go on.
 
+    Architecture: Graves 2016, arXiv 1603.08983.
+
     Args:
         vocab_size: Number of token ids; None for a network that reads vectors only (`inputs_embeds`).
         input_size: Width of the embeddings, or of the vectors; None means `hidden_size`.

@@ -80,7 +80,10 @@ class ActRnnHeadModel(ActRnnPreTrainedModel):
 
 
 class ActRnnForCausalLM(ActRnnHeadModel, GenerationMixin):
-    """Language model: the body and a linear layer that may share the embedding's table."""
+    """Language model: the body and a linear layer that may share the embedding's table.
+
+    Architecture: Graves 2016, arXiv 1603.08983.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -175,7 +178,10 @@ class ActRnnForCausalLM(ActRnnHeadModel, GenerationMixin):
 
 
 class ActRnnForSequenceClassification(ActRnnHeadModel):
-    """The body and a linear layer on what it puts out at the last token, or on the mean over the tokens."""
+    """The body and a linear layer on what it puts out at the last token, or on the mean over the tokens.
+
+    Architecture: Graves 2016, arXiv 1603.08983.
+    """
 
     # Loss per row; transformers' Trainer then averages over accumulated batches itself.
     accepts_loss_kwargs = False
@@ -202,6 +208,7 @@ class ActRnnForSequenceClassification(ActRnnHeadModel):
         Args:
             labels: (B,) class ids, (B,) or (B, C) numbers for regression, (B, C) of 0 and 1 for several classes a
                 row; `config.problem_type` says which.
+            kwargs: more arguments of `ActRnnModel`; the others are described there.
 
         Raises:
             ValueError: several rows of ids, and neither a mask nor `pad_token_id` to find their ends with.
@@ -238,7 +245,7 @@ class ActRnnForSequenceClassification(ActRnnHeadModel):
 
 
 class ActRnnForTokenClassification(ActRnnHeadModel):
-    """The body and a linear layer on every token, which gives it one label or several.
+    """The body (Graves 2016, arXiv 1603.08983) and a linear layer on every token, which gives it one label or several.
 
     Several labels at once are what Graves' addition asks for: each step answers with six digits.
     """
@@ -267,6 +274,7 @@ class ActRnnForTokenClassification(ActRnnHeadModel):
             labels: (B, L) class ids, with several groups (B, L, K); -100 is ignored.
             num_items_in_batch: what the sum of the losses is divided by, instead of the number of labels; of the
                 ponder loss this batch adds its share of them.
+            kwargs: more arguments of `ActRnnModel`; the others are described there.
         """
         outputs = self.model(
             input_ids,

@@ -88,7 +88,7 @@ class HaltingUnit(nn.Linear):
 
 
 class ActRnnModel(ActRnnPreTrainedModel):
-    """The body: embedding, if there is a vocabulary, and recurrent layers.
+    """The body (Graves 2016, arXiv 1603.08983): embedding, if there is a vocabulary, and recurrent layers.
 
     Without ACT each layer reads the whole sequence by torch's fused kernels. With ACT all layers together ponder over
     one token after the other: cost per token is the largest number of inner steps of any row.

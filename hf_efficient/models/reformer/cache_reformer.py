@@ -346,6 +346,8 @@ def _from_list(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
 class ReformerCache(Cache):
     """Cache of all layers, updated in place by the model and returned as `past_key_values`.
 
+    Architecture: Kitaev et al. 2020, arXiv 2001.04451.
+
     It takes the batch size of its first use. Pads never enter it. `local` layers hold a window of the chunks that a
     token can see, all others every token; buffers grow by doubling.
 

@@ -40,6 +40,8 @@ LSH_SETTINGS = (
 class ReformerConfig(PreTrainedConfig):
     r"""Configuration of a Reformer model: the fields of transformers' own class, and a few more.
 
+    Architecture: Kitaev et al. 2020, arXiv 2001.04451.
+
     Args:
         attention_head_size: Width of a head. `num_attention_heads * attention_head_size` need not equal `hidden_size`.
         attn_layers: Layer types in order. `"local"`: chunks of `local_attn_chunk_length` that see their neighbours.

@@ -268,10 +268,13 @@ class ReformerEncoderDecoderModel(ReformerPreTrainedModel):
         """Encode (B, S) source tokens, unless `encoder_outputs` are given, and run (B, T) target tokens.
 
         Args:
+            input_ids: (B, S) ids of the source.
             attention_mask: (B, S), 1 for the source's tokens, 0 for pads, anywhere.
+            decoder_input_ids: (B, T) ids of the target.
             decoder_attention_mask: the same for the target, (B, T) or (B, tokens seen + T).
             encoder_outputs: what the encoder returned for this source before.
             past_key_values: cache of the decoder, which holds the source's keys and values too.
+            inputs_embeds, decoder_inputs_embeds: (B, S, D) and (B, T, D) instead of the ids.
             kwargs: `use_cache`, `num_hashes`, `output_hidden_states`, `output_attentions` as in `ReformerModel`;
                 `attn_layers` and `decoder_attn_layers`, the layer types of this call.
         """
@@ -327,7 +330,10 @@ def shift_tokens_right(labels: Tensor, pad_token_id: int | None, decoder_start_t
 
 
 class ReformerForConditionalGeneration(ReformerPreTrainedModel, ReformerGenerationMixin):
-    """Encoder, decoder and a linear layer over the vocabulary, whose table may be that of the embeddings."""
+    """Encoder, decoder and a linear layer over the vocabulary, whose table may be that of the embeddings.
+
+    Architecture: Kitaev et al. 2020, arXiv 2001.04451.
+    """
 
     base_model_prefix = "model"
     _no_split_modules = ["ReformerLayer", "ReformerDecoderLayer"]
@@ -362,7 +368,7 @@ class ReformerForConditionalGeneration(ReformerPreTrainedModel, ReformerGenerati
         return self.model.decoder.create_cache(attn_layers)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Decoder inputs for labels; transformers' collators call this."""
+        """Decoder inputs (B, T) for labels (B, T); transformers' collators call this."""
         return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
     @can_return_tuple

@@ -142,6 +142,8 @@ def full_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(scale q k) v of every query over all keys. The reference is `full_attention_reference.py`.
 
+    What LSH attention approximates (Kitaev et al. 2020, arXiv 2001.04451, section 2).
+
     Args:
         query: (B, H, T, K), any strides.
         key, value: (B, H, S, K), S = T if `is_causal` or `exclude_self`.

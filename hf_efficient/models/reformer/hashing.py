@@ -25,7 +25,7 @@ def draw_rotations(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Random directions of every head and round, standard normal.
+    """Random directions of every head and round, standard normal (Kitaev et al. 2020, arXiv 2001.04451, section 2).
 
     Drawn in float32 on the CPU from a generator of their own: a seed gives the same numbers everywhere (those that
     transformers' Reformer draws for `hash_seed`), and the ordinary generator stays as it is.
@@ -74,6 +74,8 @@ def hash_vectors(
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Bucket of every vector in every round. Its length does not matter, so shared keys and queries agree.
+
+    From Andoni et al. 2015, arXiv 1509.02897, as Kitaev et al. 2020, arXiv 2001.04451, section 2, use it.
 
     Half precision is hashed in float32, also under autocast: a bucket is an argmax, and rounding would move vectors.
 
@@ -143,7 +145,10 @@ def key_scale(query_key: Tensor) -> Tensor:
 
 
 def shared_key(query_key: Tensor) -> Tensor:
-    """Key of a vector that is query and key at once: (..., K) of length 1, in the same dtype."""
+    """Key of a vector that is query and key at once (Kitaev et al. 2020, arXiv 2001.04451, section 2).
+
+    query_key: (..., K). Returns (..., K) of length 1, in the same dtype.
+    """
     return (query_key * key_scale(query_key)).to(query_key.dtype)
 
 

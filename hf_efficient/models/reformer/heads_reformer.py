@@ -51,7 +51,10 @@ class ReformerClassificationHead(nn.Module):
 
 
 class ReformerForSequenceClassification(ReformerHeadModel):
-    """The body and two layers on the first token of each row, which sees the whole row if `is_decoder` is False."""
+    """The body and two layers on the first token of each row, which sees the whole row if `is_decoder` is False.
+
+    Architecture: Kitaev et al. 2020, arXiv 2001.04451.
+    """
 
     # Loss per row; transformers' Trainer then averages over accumulated batches itself.
     accepts_loss_kwargs = False
@@ -110,7 +113,7 @@ def _first_states(hidden_states: Tensor, attention_mask: Tensor | None) -> Tenso
 
 
 class ReformerForTokenClassification(ReformerHeadModel):
-    """The body and a linear layer on every token."""
+    """The body (Kitaev et al. 2020, arXiv 2001.04451) and a linear layer on every token."""
 
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
@@ -153,7 +156,10 @@ class ReformerForTokenClassification(ReformerHeadModel):
 
 
 class ReformerForQuestionAnswering(ReformerHeadModel):
-    """The body and a linear layer that scores every token as the first and as the last of an answer."""
+    """The body and a linear layer that scores every token as the first and as the last of an answer.
+
+    Architecture: Kitaev et al. 2020, arXiv 2001.04451.
+    """
 
     # Loss per row, as for sequences.
     accepts_loss_kwargs = False

@@ -143,7 +143,10 @@ def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -
 
 
 class ReformerForCausalLM(ReformerLMPreTrainedModel, ReformerGenerationMixin):
-    """Language model; needs `is_decoder=True`. `ReformerModelWithLMHead` is its name in transformers."""
+    """Language model; needs `is_decoder=True`. `ReformerModelWithLMHead` is its name in transformers.
+
+    Architecture: Kitaev et al. 2020, arXiv 2001.04451.
+    """
 
     def __init__(self, config: ReformerConfig):
         if not config.is_decoder:
@@ -212,7 +215,7 @@ class ReformerForCausalLM(ReformerLMPreTrainedModel, ReformerGenerationMixin):
 
 
 class ReformerForMaskedLM(ReformerLMPreTrainedModel):
-    """Fills in masked tokens; needs `is_decoder=False`."""
+    """Fills in masked tokens; needs `is_decoder=False` (Kitaev et al. 2020, arXiv 2001.04451)."""
 
     def __init__(self, config: ReformerConfig):
         if config.is_decoder:

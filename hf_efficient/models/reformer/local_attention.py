@@ -141,6 +141,8 @@ def local_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k / sqrt(K)) v of every token over the tokens of its own chunk and the neighbouring ones.
 
+    From trax, whose Reformer (Kitaev et al. 2020, arXiv 2001.04451) has it beside LSH attention.
+
     The chunks form a circle, in which the first one also sees the last unless `is_causal` forbids it, and up to one
     chunk of tokens is full attention: as in transformers. The reference is `local_attention_reference.py`.
 

@@ -112,6 +112,8 @@ def lsh_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """LSH attention as Reformer checkpoints know it; the reference is `lsh_attention_reference.py`.
 
+    From Kitaev et al. 2020, arXiv 2001.04451, section 2.
+
     In each round the tokens are sorted by bucket and position and cut into chunks. A token sees the tokens of its own
     chunk, of some before and of some after it, whatever their bucket; the first chunk's neighbour is the last. It sees
     itself only if nothing else. Not strictly causal: a later token may move the chunks' borders.

@@ -357,7 +357,10 @@ class ReformerBody(ReformerPreTrainedModel):
 
 
 class ReformerModel(ReformerBody):
-    """The body: embeddings, reversible layers and the LayerNorm over both streams."""
+    """The body: embeddings, reversible layers and the LayerNorm over both streams.
+
+    Architecture: Kitaev et al. 2020, arXiv 2001.04451.
+    """
 
     def __init__(self, config: ReformerConfig):
         if config.is_encoder_decoder:

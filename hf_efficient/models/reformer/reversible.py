@@ -38,6 +38,8 @@ CHANGED = (
 class ReversibleChain:
     """A chain of reversible steps, as a context manager; see the head of this file.
 
+    From Gomez et al. 2017, arXiv 1707.04585, and Kitaev et al. 2020, arXiv 2001.04451, section 3.
+
         with ReversibleChain() as chain:
             for layer in layers:
                 first, second = chain.step(layer.attention, first, second)
@@ -73,7 +75,8 @@ class ReversibleChain:
         Args:
             function: maps `second` to a tensor of `first`'s shape. It is called again in the backward pass and has to
                 do the same then; it must not change `second` in place.
-            first, second: streams of equal shape; from the second step on, the outputs of the step before, untouched.
+            first, second: streams of equal shape (...); from the second step on, the outputs of the step before,
+                untouched.
             extras: handed on to `function`. Tensors among them may require gradient (cross-attention). Other objects
                 are held until the backward pass; if one holds what this chain computes, the graph is never freed.
 
@@ -93,7 +96,12 @@ class ReversibleChain:
 def reversible_sequence(
     functions: Sequence[Callable[[Tensor], Tensor]], first: Tensor, second: Tensor, *, enabled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Chain `(first, second) -> (second, first + function(second))` over `functions`; see `ReversibleChain.step`."""
+    """Chain `(first, second) -> (second, first + function(second))` over `functions`; see `ReversibleChain.step`.
+
+    From Gomez et al. 2017, arXiv 1707.04585, and Kitaev et al. 2020, arXiv 2001.04451, section 3.
+
+    first, second: streams of equal shape (...), and so is what is returned.
+    """
     with ReversibleChain(enabled) as chain:
         for function in functions:
             first, second = chain.step(function, first, second)

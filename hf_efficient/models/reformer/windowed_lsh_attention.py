@@ -98,6 +98,8 @@ def windowed_lsh_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention within hash buckets; the reference is `windowed_lsh_attention_reference.py`.
 
+    In no paper: this package's own form of LSH attention (Kitaev et al. 2020, arXiv 2001.04451, section 2).
+
     In each round a token sees the last `window` tokens of its bucket before it and, if not causal, as many after it;
     itself only if nothing else in any round. That depends on nothing but the bucket's own tokens: no other token, pad
     or row of the batch changes it, and causal attention is strictly so.

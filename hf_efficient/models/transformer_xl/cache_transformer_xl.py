@@ -330,6 +330,8 @@ class TransformerXLMemoryLayer(CacheLayerMixin):
 class TransformerXLCache(Cache):
     """Memory of all layers, updated in place by the model and returned as `past_key_values`.
 
+    Architecture: Dai et al. 2019, arXiv 1901.02860.
+
     It starts without rows and takes the batch size of its first use. Pads never enter it: each row's real tokens stand
     at the end of its slots, and `row_lengths` counts them. Every tensor in it is detached.
 
@@ -430,7 +432,7 @@ class TransformerXLCache(Cache):
             self._row_tokens = self._row_tokens - num_pads
 
     def check_mask(self, past_mask: Tensor) -> None:
-        """Refuse a mask of the columns fed so far, (B, `get_seq_length()`) bool, that contradicts the memory.
+        """Refuse a mask (B, tokens seen), bool, of the columns fed so far that contradicts the memory.
 
         Raises:
             ValueError: a row's number of tokens is not the number of those that were not masked then.

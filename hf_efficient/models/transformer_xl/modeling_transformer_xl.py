@@ -162,7 +162,7 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
 
 
 class TransformerXLModel(TransformerXLPreTrainedModel):
-    """The body: embedding, layers and memory.
+    """The body (Dai et al. 2019, arXiv 1901.02860): embedding, layers and memory.
 
     Transformer-XL has no positions of its own kind for padding: pads are moved behind the tokens before the first
     layer and moved back after the last, so that each row gets what it would get alone, with memory too.
@@ -367,7 +367,10 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
 
 
 class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
-    """Language model: the body and a softmax, plain or adaptive, that may share the embedding's tables."""
+    """Language model: the body and a softmax, plain or adaptive, that may share the embedding's tables.
+
+    Architecture: Dai et al. 2019, arXiv 1901.02860.
+    """
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__(config)
@@ -530,7 +533,7 @@ def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -
 
 
 class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
-    """The body and a linear layer on the last token of each row."""
+    """The body (Dai et al. 2019, arXiv 1901.02860) and a linear layer on the last token of each row."""
 
     # Loss per row; transformers' Trainer then averages over accumulated batches itself.
     accepts_loss_kwargs = False
@@ -558,6 +561,7 @@ class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
         Args:
             labels: (B,) class ids, (B,) or (B, num_labels) numbers for regression, (B, num_labels) of 0 and 1 for
                 several classes a row; `config.problem_type` says which.
+            kwargs: more arguments of `TransformerXLModel`; the others are described there.
 
         Raises:
             ValueError: several rows, and neither a mask nor `pad_token_id` to find their ends with.
@@ -603,7 +607,7 @@ class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
 
 
 class TransformerXLForTokenClassification(TransformerXLPreTrainedModel):
-    """The body and a linear layer on every token."""
+    """The body (Dai et al. 2019, arXiv 1901.02860) and a linear layer on every token."""
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__(config)
@@ -625,7 +629,7 @@ class TransformerXLForTokenClassification(TransformerXLPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Classify each token. `labels` (B, T) holds class ids, -100 is ignored."""
+        """Classify each token. `labels` (B, T) holds class ids, -100 is ignored; others as in `TransformerXLModel`."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

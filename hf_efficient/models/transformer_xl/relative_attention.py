@@ -17,6 +17,8 @@ from .recomputed_attention import recomputed_relative_attention
 def sinusoid_table(num_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Encodings of the distances `num_rows - 1 ... 0`: all sines, then all cosines (not interleaved).
 
+    From Dai et al. 2019, arXiv 1901.02860, section 3.3.
+
     Computed in float32 whatever `dtype` is (float64 for float64): whole numbers above 256 do not exist in bfloat16.
 
     Returns:
@@ -134,6 +136,8 @@ def relative_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention whose scores are `((q + u) . k + (q + v) . p[distance]) / sqrt(K)` (eq. 5 of the paper).
 
+    From Dai et al. 2019, arXiv 1901.02860, section 3.3.
+
     In the paper u is the content bias and v the position bias (`r_w_bias`, `r_r_bias` on disk). The reference is
     `relative_attention_reference.py`.
 
@@ -179,7 +183,7 @@ def memory_attention_mask(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Which keys each query may attend to.
+    """Which keys each query may attend to (Dai et al. 2019, arXiv 1901.02860, section 3.2).
 
     Args:
         query_len: T.

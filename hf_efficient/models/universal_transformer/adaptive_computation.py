@@ -129,7 +129,7 @@ def accumulate_output(output: Tensor, hidden_states: Tensor, weights: Tensor, ac
 
 
 def ponder_loss(state: HaltingState, mask: Tensor | None = None) -> Tensor:
-    """Mean of N + R (Graves, eq. 12, 14), a scalar.
+    """Mean of N + R (Graves 2016, arXiv 1603.08983, section 2.2), a scalar.
 
     Args:
         state: after the last step.
@@ -154,7 +154,7 @@ def adaptive_computation(
     halted_states: str = "copy",
     mask: Tensor | None = None,
 ) -> tuple[Tensor, HaltingState]:
-    """Apply a step again and again, each position as often as it likes.
+    """Apply a step again and again, each position as often as it likes (Graves 2016, arXiv 1603.08983).
 
     Every step is computed for all positions, and the loop ends when none is live; a stack that computes the live ones
     only is in `recurrence_universal_transformer.py`.

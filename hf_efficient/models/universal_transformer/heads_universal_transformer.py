@@ -66,7 +66,10 @@ class UniversalTransformerQuestionAnsweringOutput(PonderFields, QuestionAnswerin
 
 
 class UniversalTransformerForMaskedLM(UniversalTransformerLanguageModel):
-    """An encoder and a linear layer over the vocabulary, by default the table of the embeddings."""
+    """An encoder and a linear layer over the vocabulary, by default the table of the embeddings.
+
+    Architecture: Dehghani et al. 2019, arXiv 1807.03819.
+    """
 
     def __init__(self, config: UniversalTransformerConfig):
         if config.is_decoder:
@@ -146,6 +149,8 @@ def _head_dropout(config: UniversalTransformerConfig) -> nn.Dropout:
 class UniversalTransformerForSequenceClassification(UniversalTransformerHeadModel):
     """The body and a linear layer on one vector per row: `config.pooling` says which.
 
+    Architecture: Dehghani et al. 2019, arXiv 1807.03819.
+
     With `halting_scope="sequence"` a row halts as a whole.
     """
 
@@ -216,7 +221,7 @@ def pool(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
 
 
 class UniversalTransformerForTokenClassification(UniversalTransformerHeadModel):
-    """The body and a linear layer on every token."""
+    """The body (Dehghani et al. 2019, arXiv 1807.03819) and a linear layer on every token."""
 
     def __init__(self, config: UniversalTransformerConfig):
         super().__init__(config)
@@ -258,7 +263,10 @@ class UniversalTransformerForTokenClassification(UniversalTransformerHeadModel):
 
 
 class UniversalTransformerForQuestionAnswering(UniversalTransformerHeadModel):
-    """The body and a linear layer that scores every token as the first and as the last of an answer."""
+    """The body and a linear layer that scores every token as the first and as the last of an answer.
+
+    Architecture: Dehghani et al. 2019, arXiv 1807.03819.
+    """
 
     # Loss per row, as for sequences.
     accepts_loss_kwargs = False

@@ -54,7 +54,10 @@ class UniversalTransformerLanguageModel(UniversalTransformerPreTrainedModel):
 class UniversalTransformerForCausalLM(
     UniversalTransformerGenerationMixin, UniversalTransformerLanguageModel, GenerationMixin
 ):
-    """Language model: a decoder alone, whatever stacks the configuration has."""
+    """Language model: a decoder alone, whatever stacks the configuration has.
+
+    Architecture: Dehghani et al. 2019, arXiv 1807.03819.
+    """
 
     def __init__(self, config: UniversalTransformerConfig):
         super().__init__(with_stacks(config, is_decoder=True))
@@ -139,7 +142,7 @@ def mask_before_last_label(labels: Tensor) -> Tensor:
 class UniversalTransformerForConditionalGeneration(
     UniversalTransformerGenerationMixin, UniversalTransformerLanguageModel, GenerationMixin
 ):
-    """Encoder, decoder and a linear layer over the vocabulary."""
+    """Encoder, decoder and a linear layer over the vocabulary (Dehghani et al. 2019, arXiv 1807.03819)."""
 
     def __init__(self, config: UniversalTransformerConfig):
         super().__init__(with_stacks(config, is_encoder_decoder=True))
@@ -152,7 +155,7 @@ class UniversalTransformerForConditionalGeneration(
         return self.model.get_encoder()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Decoder inputs for labels; transformers' collators call this."""
+        """Decoder inputs (B, L) for labels (B, L); transformers' collators call this."""
         return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
     @can_return_tuple

@@ -226,7 +226,10 @@ class UniversalTransformerPreTrainedModel(PreTrainedModel):
 
 
 class UniversalTransformerModel(UniversalTransformerPreTrainedModel):
-    """The body: embeddings, and by the configuration an encoder and a decoder, a decoder, or an encoder."""
+    """The body: embeddings, and by the configuration an encoder and a decoder, a decoder, or an encoder.
+
+    Architecture: Dehghani et al. 2019, arXiv 1807.03819.
+    """
 
     def __init__(self, config: UniversalTransformerConfig):
         super().__init__(config)
@@ -293,10 +296,12 @@ class UniversalTransformerModel(UniversalTransformerPreTrainedModel):
                 None means no pads.
             position_ids: (B or 1, L); default: a token's index among the tokens of its row. Where they start again
                 within a row, without a mask and without a cache, another text begins that sees nothing of the last.
-            decoder_input_ids: (B, L) of the decoder if there are two stacks; and so the mask and the embeddings.
+            decoder_input_ids: (B, L) of the decoder if there are two stacks.
+            decoder_attention_mask: (B, L), or with a cache (B, S): the decoder's mask.
             encoder_outputs: what the encoder returned for these inputs before.
             past_key_values: keys and values of the tokens before, added to in place and returned.
             inputs_embeds: (B, L, D) instead of `input_ids`, scaled as `get_input_embeddings()` does.
+            decoder_inputs_embeds: (B, L, D) instead of `decoder_input_ids`.
             use_cache: return a cache when none was passed; default `config.use_cache`, in evaluation only.
             num_steps: steps of this call, or with halting the limit; default `config.max_steps`.
             exit_threshold: among the keywords, the halting threshold of this call; default `config.halting_threshold`.
@@ -402,7 +407,7 @@ def with_stacks(
 
 
 class UniversalTransformerEncoderModel(UniversalTransformerModel):
-    """The body as an encoder alone, whatever stacks the configuration has."""
+    """The body (Dehghani et al. 2019, arXiv 1807.03819) as an encoder alone, whatever stacks the configuration has."""
 
     def __init__(self, config: UniversalTransformerConfig):
         super().__init__(with_stacks(config))
