@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 METADATA := setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor lint format docs bench clean
+.PHONY: help demo test test-slow test-floor test-hub lint format docs bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -29,6 +29,9 @@ test-slow: $(VENV)/.installed-dev ## soak, claims, matrix and fuzz tests
 
 test-floor: $(VENV)/floor.txt ## the quick tests with the oldest transformers we support
 	$(MAKE) test VENV=$(VENV)/floor CONSTRAINTS=$<
+
+test-hub: $(VENV)/.installed-dev $(VENV)/hub/.installed ## publish every model, load it where this package is not installed
+	HF_EFFICIENT_CLEAN_PYTHON=$(abspath $(VENV))/hub/bin/python $(BIN)/python -m pytest -m slow tests/hub
 
 lint: $(VENV)/.installed-lint ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -76,3 +79,10 @@ $(VENV)/floor.txt: constraints.txt setup.py
 	@mkdir -p $(@D)
 	floor=$$(sed -nE 's/.*"transformers>=([0-9.]+),.*/\1.0/p' setup.py) && \
 	sed "s/^transformers==.*/transformers==$$floor/" constraints.txt > $@
+
+# What someone has who only wants to use a published model.
+$(VENV)/hub/.installed: $(CONSTRAINTS) | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/hub
+	$(VENV)/hub/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(VENV)/hub/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) transformers
+	@touch $@
