@@ -281,6 +281,8 @@ class EvolvedTransformerCache(DynamicCache):
 
     Text may be fed in pieces of any length. It takes the batch size of its first use.
 
+    Architecture: So et al. 2019, arXiv 1901.11117.
+
     Args:
         config: The model's configuration; its number of decoder blocks is read here, once.
     """
