@@ -46,7 +46,7 @@ def depthwise_convolution(rows: Tensor, weight: Tensor, padding: int = 0) -> Ten
     width = weight.shape[2]
     num_products = rows.shape[0] * (rows.shape[1] - width + 1) * weight.numel()
     # A graph may be made for many lengths, so that it cannot depend on this one.
-    if padding == 0 and not torch.compiler.is_compiling() and num_products <= FEW_PRODUCTS:
+    if padding == 0 and not torch.compiler.is_compiling() and 0 < num_products <= FEW_PRODUCTS:
         return (rows.unfold(1, width, 1) * weight[:, 0]).sum(dim=-1)
     return _convolve(rows, weight, None, padding, groups=weight.shape[0])
 
@@ -72,6 +72,8 @@ def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, padding: int, g
     Rows in their usual layout are what is called "channels last" there, for which there are kernels two to ten times
     as quick as those of a one-dimensional convolution, forward and backward.
     """
+    if rows.shape[1] + 2 * padding < weight.shape[2]:
+        return rows.new_zeros(rows.shape[0], 0, weight.shape[0])
     images = rows.transpose(1, 2).unsqueeze(2)
     kernel = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
     output = F.conv2d(images, kernel, bias, padding=(0, padding), groups=groups)
