@@ -1,6 +1,6 @@
 """Sample-and-rank: draw several answers at a temperature, give the one that the model itself finds likeliest.
 
-Adiwardana et al. 2020 (arXiv 2001.09977), section "Sample-and-rank": N = 20 independent samples at temperature 0.88,
+Adiwardana et al. 2020 (arXiv 2001.09977), "sample-and-rank": N = 20 independent samples at temperature 0.88,
 ranked by log P / T, the log-probability per token. Beam search finds likelier texts, and duller ones.
 """
 
@@ -62,10 +62,11 @@ def sample_and_rank(
 ) -> SampleAndRankOutput:
     """Draw `num_samples` texts for each row and rank them by their mean log-probability per token.
 
-    The temperature, and `top_k` and `top_p` where given, shape what is drawn; what is ranked is the probability of the
-    model itself, without them. The end-of-sequence token and what comes after it do not count, so that a text that
-    ran out of room is not favoured for having no end. Samples come from torch's global generator: seed it to repeat a
-    call (`transformers.set_seed`). Rows of a batch share its numbers, so they draw other samples than each alone.
+    Meena's way to decode: Adiwardana et al. 2020, arXiv 2001.09977. The temperature, and `top_k` and `top_p` where
+    given, shape what is drawn; what is ranked is the probability of the model itself, without them. The
+    end-of-sequence token and what comes after it do not count, so that a text that ran out of room is not favoured for
+    having no end. Samples come from torch's global generator: seed it to repeat a call (`transformers.set_seed`). Rows
+    of a batch share its numbers, so they draw other samples than each alone.
 
     Args:
         model: any model with `generate`, causal or with an encoder, in evaluation mode.
