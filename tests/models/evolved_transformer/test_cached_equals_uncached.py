@@ -101,6 +101,34 @@ def test_left_padded_rows_equal_rows_alone(structure, implementation):
             torch.testing.assert_close(logits[row, 14 - length :], expected, **EXACT)
 
 
+def test_pads_inside_a_row_keep_their_places():
+    """The convolutions find zeros there, in one pass as in pieces."""
+    model, ids = small_model(), random_ids(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, 4:9] = mask[1, 12:14] = 0
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert not torch.allclose(expected, model(ids, use_cache=False).logits)
+    for sizes in ([1] * LENGTH, [6, 1, 6, 12]):
+        cache, pieces = EvolvedTransformerCache(model.config), []
+        for piece in ids.split(sizes, dim=1):
+            end = cache.get_seq_length() + piece.shape[1]
+            pieces.append(model(piece, attention_mask=mask[:, :end], past_key_values=cache).logits)
+        is_token = mask.bool()
+        torch.testing.assert_close(torch.cat(pieces, dim=1)[is_token], expected[is_token], **EXACT)
+
+
+@pytest.mark.slow
+def test_compiled_decoding_is_one_graph():
+    """And the graph of one token serves however many came before it."""
+    model, ids = small_model(num_decoder_layers=1), random_ids(2, 15)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    cache = EvolvedTransformerCache(model.config)
+    logits = [compiled(piece, past_key_values=cache).logits for piece in ids.split([5] + [1] * 10, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids, use_cache=False).logits, **EXACT)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
 def test_selecting_rows_between_calls():
     """What beam search does."""
     model, ids = small_model(), random_ids(3, 13)

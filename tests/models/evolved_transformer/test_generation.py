@@ -119,6 +119,18 @@ def test_a_conversation_goes_on_with_the_cache_kept(structure, whole):
         output.sequences = expected
 
 
+def test_conversations_of_unequal_length_go_on_together():
+    """Left-padded, with one cache kept; each is what it is alone."""
+    model, settings = build(), {"max_new_tokens": 5, "return_dict_in_generate": True, **QUIET}
+    output = model.generate(PADDED_PROMPTS, attention_mask=PROMPT_MASK, **settings)
+    ids = torch.cat([output.sequences, random_ids(3, 2, seed=9)], dim=1)
+    mask = torch.cat([PROMPT_MASK, torch.ones_like(ids[:, 7:])], dim=1)
+    longer = model.generate(ids, attention_mask=mask, past_key_values=output.past_key_values, **settings).sequences
+    for row in range(3):
+        alone = ids[row : row + 1][:, mask[row].bool()]
+        assert torch.equal(longer[row, -5:], greedy_without_cache(model, alone, 5)[0, -5:])
+
+
 def test_one_prompt_can_be_continued_twice():
     """From copies of its cache."""
     model, prompt = build(), random_ids(1, 12)
@@ -185,6 +197,14 @@ def test_assisted_decoding_equals_greedy(helper, structure):
     prompt = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2]])
     output = greedy(model, prompt, 40, **helper_settings(helper, model))
     assert torch.equal(output, greedy_without_cache(model, prompt, 40))
+
+
+@pytest.mark.parametrize("helper", ["same_model", "prompt_lookup"])
+def test_assisted_decoding_behind_pads_equals_greedy(helper):
+    model, prompt = build(), torch.tensor([[0, 0, 0, 1, 2, 3, 1, 2, 3, 1, 2]])
+    settings = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 20, **QUIET}
+    output = model.generate(prompt, **settings, **helper_settings(helper, model))
+    assert torch.equal(output[:, 3:], greedy_without_cache(model, prompt[:, 3:], 20))
 
 
 def test_a_cache_kept_from_assisted_decoding_goes_on():
