@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import (
     conversation_texts,
@@ -23,7 +23,7 @@ from ..data import (
 )
 from ..training import SCHEDULES
 from .errors import CommandError
-from .models import PAIR_ARCHITECTURES
+from .models import PAIR_ARCHITECTURES, num_positions
 from .recipes import RECIPE_SUFFIXES, read_recipe
 from .text import explained
 
@@ -173,6 +173,19 @@ def read_translations(options: object, flags: tuple[str, str, str]) -> Dataset |
         return None
     with explained(f"--{flags[0]}"):
         return read_parallel(source, target)
+
+
+def check_lengths(model: PreTrainedModel, tokens: Dataset | None, flag: str) -> None:
+    """Raises CommandError if a side of a pair has more tokens than the model has positions."""
+    positions = num_positions(model.config)
+    if positions is None or tokens is None:
+        return
+    longest = max(max(map(len, batch[side])) for batch in tokens.iter(1000) for side in ("input_ids", "labels"))
+    if longest > positions:
+        raise CommandError(
+            f"{flag}: the longest text has {longest} tokens, more than the {positions} positions of the model; allow "
+            "fewer, or give the model more (max_position_embeddings, and axial_pos_shape where it has that)."
+        )
 
 
 @dataclass

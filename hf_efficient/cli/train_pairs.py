@@ -10,8 +10,8 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedToken
 from ..training import SCHEDULES, BleuMetric, PairTrainer, PairTrainingArguments, check_run_folder
 from .arguments import Command, Invocation
 from .errors import CommandError
-from .models import PAIR_ARCHITECTURES, build_config, model_settings, num_positions
-from .pair_tasks import PAIR_TASKS, PairOptions
+from .models import PAIR_ARCHITECTURES, build_config, model_settings
+from .pair_tasks import PAIR_TASKS, PairOptions, check_lengths
 from .runs import (
     SHOWN,
     RecipeRun,
@@ -114,19 +114,6 @@ def read_validation(options: PairOptions, args: PairArguments, tokenizer: PreTra
 def make_model(options: PairOptions, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model with new weights. Settings that were not given are the architecture's starter settings."""
     return AutoModelForSeq2SeqLM.from_config(build_config(options.architecture, settings, tokenizer, for_pairs=True))
-
-
-def check_lengths(model: PreTrainedModel, tokens: Dataset | None, flag: str) -> None:
-    """Raises CommandError if a side of a pair has more tokens than the model has positions."""
-    positions = num_positions(model.config)
-    if positions is None or tokens is None:
-        return
-    longest = max(max(map(len, batch[side])) for batch in tokens.iter(1000) for side in ("input_ids", "labels"))
-    if longest > positions:
-        raise CommandError(
-            f"{flag}: the longest text has {longest} tokens, more than the {positions} positions of the model; allow "
-            "fewer, or give the model more (max_position_embeddings, and axial_pos_shape where it has that)."
-        )
 
 
 def apply_schedule(options: PairOptions, args: PairArguments, model: PreTrainedModel, given: dict[str, Any]) -> None:
