@@ -24,7 +24,8 @@ from .modeling_evolved_transformer import (
 class EvolvedTransformerForSequenceClassification(EvolvedTransformerPreTrainedModel):
     """A body of one stack, where the configuration has two the encoder, and a linear layer on one vector per row.
 
-    `config.pooling` says which vector: the mean of a row's tokens, the first one's or the last one's.
+    Architecture: So et al. 2019, arXiv 1901.11117. `config.pooling` says which vector: the mean of a row's tokens, the
+    first one's or the last one's.
     """
 
     # Loss per row; transformers' Trainer then averages over accumulated batches itself.

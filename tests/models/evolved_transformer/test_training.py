@@ -167,6 +167,45 @@ def test_label_smoothing_is_for_training():
     torch.testing.assert_close(model.train()(**inputs).loss, -(target * log_probs).sum(-1).mean(), **EXACT)
 
 
+# --- dropout -------------------------------------------------------------------------------------------------
+
+# By channels in units of the states' width, in the order of the sub-layers: r the residual stream's and the branches',
+# f the feed-forward's, a the attention weights' rate.
+ENCODER_DROPOUTS = ["r 1", "r 1", "r 4", "r 0.5", "r 0.5", "a", "r 1", "f 4", "r 1"]
+DECODER_DROPOUTS = ["r 1", "a", "r 1", "r 2", "r 0.5", "r 1", "a", "r 1", "f 4", "r 1"]
+CROSS_DROPOUTS = ["r 1", "a", "r 1", "a", "r 1", "r 2", "r 0.5", "r 1", "a", "r 1", "a", "r 1", "f 4", "r 1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("causal", DECODER_DROPOUTS),
+        ("sequences", [*ENCODER_DROPOUTS, "r 1"]),
+        ("translation", ENCODER_DROPOUTS + CROSS_DROPOUTS),
+    ],
+)
+def test_what_drops_out(kind, expected, monkeypatch):
+    """As in tensor2tensor: what enters a stack, every sub-layer's result, and what leaves either branch."""
+    names = {0.11: "r", 0.12: "a", 0.13: "f"}
+    rates = dict(zip(("dropout", "attention_dropout", "activation_dropout"), names, strict=True))
+    model = training_model(kind, num_encoder_layers=1, num_decoder_layers=1, attn_implementation="eager", **rates)
+    found, width = [], model.config.hidden_size
+
+    def recorded(states, p=0.5, training=True, inplace=False):
+        if training and p:
+            is_attention = names[p] == "a"
+            channels = 1 if states.dim() == 2 else states.shape[-1] / width
+            found.append("a" if is_attention else f"{names[p]} {channels:g}")
+        return states
+
+    monkeypatch.setattr(nn.functional, "dropout", recorded)
+    model(**batch(kind))
+    assert found == expected
+    found.clear()
+    model.eval()(**batch(kind))
+    assert found == []
+
+
 # --- activation checkpointing --------------------------------------------------------------------------------
 
 
