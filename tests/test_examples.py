@@ -59,9 +59,11 @@ def commands_in(text):
 
 
 def config_of(path, vocab_size):
-    invocation = parse(["train", str(path), "--text", "any.txt", "--output_dir", "runs/test"])
+    for_pairs = "task" in read_recipe(path)
+    text = [] if for_pairs else ["--text", "any.txt"]
+    invocation = parse(["train", str(path), *text, "--output_dir", "runs/test"])
     options, _ = invocation.options
-    return build_config(options.architecture, invocation.model_settings, Vocabulary(vocab_size))
+    return build_config(options.architecture, invocation.model_settings, Vocabulary(vocab_size), for_pairs)
 
 
 def test_there_are_recipes():
