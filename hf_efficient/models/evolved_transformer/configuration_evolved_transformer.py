@@ -27,7 +27,9 @@ DERIVED = {
 
 @strict
 class EvolvedTransformerConfig(PreTrainedConfig):
-    r"""Configuration of an Evolved Transformer. The defaults are tensor2tensor's `evolved_transformer_base`.
+    r"""Configuration of an Evolved Transformer (So et al. 2019, arXiv 1901.11117).
+
+    The defaults are tensor2tensor's `evolved_transformer_base`.
 
     All inner widths follow from `hidden_size` D: D / 2, 2 D and 4 D. One block replaces two layers of a Transformer.
 

@@ -51,8 +51,8 @@ def depthwise_convolution(rows: Tensor, weight: Tensor, padding: int = 0) -> Ten
     return _convolve(rows, weight, None, padding, groups=weight.shape[0])
 
 
-def convolution(rows: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
-    """An ordinary convolution over the tokens.
+def full_convolution(rows: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
+    """An ordinary convolution over the tokens, every channel reading all.
 
     Args:
         rows: (B, L, C).
@@ -96,6 +96,8 @@ def separable_convolution(
     is_causal: bool = False,
 ) -> Tensor:
     """A convolution over the tokens, each channel for itself, then a linear map of the channels.
+
+    From So et al. 2019, arXiv 1901.11117, figure 3.
 
     Args:
         rows: (B, L, C).
@@ -148,6 +150,8 @@ def encoder_branches(
 ) -> Tensor:
     """An encoder block's branches: separable(norm(relu(dense(n)) + relu(convolution(n)))).
 
+    From So et al. 2019, arXiv 1901.11117, figure 3.
+
     Args:
         rows: (B, L, D), normed.
         dense: D to 4 D at every position.
@@ -178,7 +182,8 @@ def decoder_branches(
 ) -> tuple[Tensor, ConvolutionState]:
     """A decoder block's branches: separable_out(norm(relu(separable_11(n)) + separable_7(n))), all looking back only.
 
-    The three convolutions get the rows that they look back on before their own, and so put no zeros there themselves.
+    From So et al. 2019, arXiv 1901.11117, figure 3. The three convolutions get the rows that they look back on before
+    their own, and so put no zeros there themselves.
 
     Args:
         rows: (B, L, D), normed.
@@ -210,9 +215,9 @@ def _drop(rows: Tensor, dropout: float) -> Tensor:
 __all__ = [
     "STATE_LENGTHS",
     "ConvolutionState",
-    "convolution",
     "decoder_branches",
     "depthwise_convolution",
     "encoder_branches",
+    "full_convolution",
     "separable_convolution",
 ]

@@ -64,7 +64,10 @@ class EvolvedTransformerLanguageModel(EvolvedTransformerPreTrainedModel):
 class EvolvedTransformerForCausalLM(
     EvolvedTransformerGenerationMixin, EvolvedTransformerLanguageModel, GenerationMixin
 ):
-    """Language model: a decoder alone, whatever stacks the configuration has."""
+    """Language model: a decoder alone, whatever stacks the configuration has.
+
+    Architecture: So et al. 2019, arXiv 1901.11117.
+    """
 
     def __init__(self, config: EvolvedTransformerConfig):
         super().__init__(with_stacks(config, is_decoder=True))
@@ -140,7 +143,7 @@ def mask_before_last_label(labels: Tensor) -> Tensor:
 class EvolvedTransformerForConditionalGeneration(
     EvolvedTransformerGenerationMixin, EvolvedTransformerLanguageModel, GenerationMixin
 ):
-    """Encoder, decoder and a linear layer over the vocabulary."""
+    """Encoder, decoder and a linear layer over the vocabulary (So et al. 2019, arXiv 1901.11117)."""
 
     def __init__(self, config: EvolvedTransformerConfig):
         super().__init__(with_stacks(config, is_encoder_decoder=True))
@@ -153,7 +156,7 @@ class EvolvedTransformerForConditionalGeneration(
         return self.model.get_encoder()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Decoder inputs for labels; transformers' collators call this."""
+        """Decoder inputs (B, L) for labels (B, L); transformers' collators call this."""
         return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
     @can_return_tuple

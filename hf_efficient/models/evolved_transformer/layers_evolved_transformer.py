@@ -22,10 +22,10 @@ from .conv_branches import (
     ENCODER_CONVOLUTION,
     ENCODER_SEPARABLE,
     add_to_first,
-    convolution,
     decoder_branches,
     depthwise_convolution,
     encoder_branches,
+    full_convolution,
 )
 
 # Keys and values (B, H, S, K).
@@ -182,7 +182,7 @@ class TokenConvolution(nn.Conv1d):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, L, in_channels) to (B, L, out_channels)."""
-        return convolution(rows, self.weight, self.bias, self.padding[0])
+        return full_convolution(rows, self.weight, self.bias, self.padding[0])
 
 
 class DepthwiseConvolution(nn.Conv1d):

@@ -322,7 +322,10 @@ class EvolvedTransformerPreTrainedModel(PreTrainedModel):
 
 
 class EvolvedTransformerModel(EvolvedTransformerPreTrainedModel):
-    """The body: embeddings, and by the configuration an encoder and a decoder, a decoder, or an encoder."""
+    """The body: embeddings, and by the configuration an encoder and a decoder, a decoder, or an encoder.
+
+    Architecture: So et al. 2019, arXiv 1901.11117.
+    """
 
     def __init__(self, config: EvolvedTransformerConfig):
         super().__init__(config)
@@ -373,10 +376,12 @@ class EvolvedTransformerModel(EvolvedTransformerPreTrainedModel):
                 no pads. Pads between the tokens of a row are places of zeros to the convolutions; pads before and
                 behind them change nothing.
             position_ids: (B or 1, L), rising; default: a token's index among the tokens of its row.
-            decoder_input_ids: (B, L) of the decoder if there are two stacks; and so the mask and the embeddings.
+            decoder_input_ids: (B, L) of the decoder if there are two stacks.
+            decoder_attention_mask: (B, L), or with a cache (B, S): the decoder's mask.
             encoder_outputs: what the encoder returned for these inputs before.
             past_key_values: an `EvolvedTransformerCache`, added to in place and returned.
             inputs_embeds: (B, L, D) instead of `input_ids`, scaled as `get_input_embeddings()` does.
+            decoder_inputs_embeds: (B, L, D) instead of `decoder_input_ids`.
             use_cache: return a cache when none was passed; default `config.use_cache`, in evaluation only.
             output_attentions: among the keywords, return attention probabilities ("eager" attention only).
             output_hidden_states: among the keywords, return the embeddings and every block's result.
@@ -448,7 +453,10 @@ def with_stacks(
 
 
 class EvolvedTransformerEncoderModel(EvolvedTransformerModel):
-    """The body as an encoder alone, whatever stacks the configuration has."""
+    """The body as an encoder alone, whatever stacks the configuration has.
+
+    Architecture: So et al. 2019, arXiv 1901.11117.
+    """
 
     def __init__(self, config: EvolvedTransformerConfig):
         super().__init__(with_stacks(config))

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from hf_efficient.models.evolved_transformer import conv_branches
 from hf_efficient.models.evolved_transformer.conv_branches import (
     FEW_PRODUCTS,
-    convolution,
     decoder_branches,
     depthwise_convolution,
     encoder_branches,
+    full_convolution,
     separable_convolution,
 )
 from hf_efficient.models.evolved_transformer.conv_branches_reference import (
@@ -77,7 +77,7 @@ def run_encoder(rows: Tensor, weights: dict[str, tuple], row_mask: Tensor | None
     return encoder_branches(
         rows,
         dense=lambda rows: F.linear(rows, *weights["dense"]),
-        convolution=lambda rows: convolution(rows, *weights["convolution"], padding=1),
+        convolution=lambda rows: full_convolution(rows, *weights["convolution"], padding=1),
         norm=norm_map(weights["norm"]),
         separable=lambda rows: separable_convolution(rows, *weights["separable"]),
         row_mask=row_mask,
@@ -117,7 +117,7 @@ def test_separable_convolution_is_the_sum_over_its_taps(is_causal, width, length
 @pytest.mark.parametrize("length", LENGTHS)
 def test_convolution_is_the_sum_over_its_taps(length):
     rows, weights = draw(2, length, 4), (draw(3, 4, 3), draw(3))
-    output, expected = convolution(rows, *weights, padding=1), convolution_reference(rows, *weights, num_before=1)
+    output, expected = full_convolution(rows, *weights, padding=1), convolution_reference(rows, *weights, num_before=1)
     torch.testing.assert_close(output, expected, **EXACT)
     parts = {"w": weights}
     assert_all_close(gradients(output, rows, parts), gradients(expected, rows, parts), **EXACT)
