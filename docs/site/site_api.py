@@ -123,12 +123,15 @@ def definition(module: str, name: str) -> tuple[str, str]:
     value = dict(assignments(tree))[name]
     if isinstance(value, ast.Name):
         return definition(module, value.id)
-    return f"{module}.{name}", comment_above(module, value.lineno)
+    return f"{module}.{name}", comment_at(module, value.lineno)
 
 
-def comment_above(module: str, line: int) -> str:
-    """The comment that ends right above a line, as one line."""
-    words, lines = [], file_of(module).read_text("utf-8").splitlines()
+def comment_at(module: str, line: int) -> str:
+    """The comment behind a line or right above it, as one line."""
+    lines = file_of(module).read_text("utf-8").splitlines()
+    if "  # " in lines[line - 1]:
+        return lines[line - 1].split("  # ", 1)[1]
+    words = []
     while line >= 2 and lines[line - 2].startswith("# "):
         words.insert(0, lines[line - 2].removeprefix("# "))
         line -= 1

@@ -17,6 +17,7 @@ from site_links import ROOT
 
 BLOCK = re.compile(r"\{\{ (\w+)\(([^{}]*)\) \}\}")
 BENCHMARKS = ROOT / "benchmarks"
+UNITS = {"s": ["s"], "mb": ["MB"]}
 
 
 def expand_blocks(markdown: str) -> str:
@@ -153,7 +154,7 @@ def with_unit(value: float, unit: str) -> str:
     """A figure for reading, three digits of it."""
     if unit == "s" and value < 1:
         return f"{digits(1000 * value)} ms"
-    return f"{digits(value)} {unit}" if unit in ("s", "mb") else digits(value)
+    return " ".join([digits(value), *UNITS.get(unit, ())])
 
 
 def digits(value: float) -> str:
@@ -177,6 +178,11 @@ def comparison(benchmark: str) -> str:
     unit = rows_of(benchmark)[0]["config"]["unit"]
     header = ["Case", "Peer", f"Ours, per {unit}", "Peer", "Peer / ours", "Ours, MB", "Peer, MB"]
     return table(header, rows, align="llrrrrr") + "\n\n" + conditions(benchmark)
+
+
+def figure(name: str, text: str) -> str:
+    """A figure that site_figures.py draws; `text` says what is on it."""
+    return f"![{text}](figures/{name}.svg)"
 
 
 def conditions(benchmark: str) -> str:
@@ -204,10 +210,10 @@ def reproduction(name: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
-    """A Markdown table; `align` has an l or r for each column. A bar inside a cell is no border."""
+    """A Markdown table; `align` has an l or r for each column. Bars inside code are no borders for Python-Markdown."""
     marks = {"l": ":--", "r": "--:"}
     lines = [header, [marks[letter] for letter in align.ljust(len(header), "l")], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 BLOCKS = {
@@ -216,6 +222,7 @@ BLOCKS = {
     "command_pages": command_pages,
     "comparison": comparison,
     "config_table": config_table,
+    "figure": figure,
     "heads_table": heads_table,
     "measured": measured,
     "presets_table": presets_table,

@@ -53,8 +53,13 @@ def page_uris(uris: Iterable[str]) -> dict[str, str]:
 def rewrite_links(markdown: str, uri: str, pages: dict[str, str]) -> str:
     """The page `uri` with its links as the site needs them. Raises BrokenLink for one that leads nowhere."""
     parts = FENCE.split(markdown)
-    parts[::2] = [LINK.sub(lambda link: rewrite_link(link, uri, pages), part) for part in parts[::2]]
+    parts[::2] = [LINK.sub(lambda link: rewrite_link(link, uri, pages), unescape_bars(part)) for part in parts[::2]]
     return "".join(parts)
+
+
+def unescape_bars(text: str) -> str:
+    """Bars in inline code are escaped for GitHub's tables; Python-Markdown would show the backslash."""
+    return re.sub(r"`[^`\n]+`", lambda code: code[0].replace("\\|", "|"), text)
 
 
 def rewrite_link(link: re.Match[str], uri: str, pages: dict[str, str]) -> str:

@@ -119,6 +119,7 @@ class AdditionTask(AlgorithmicTask):
         return digits
 
 
+# The tasks by their names.
 ALGORITHMIC_TASKS = {"copy": CopyTask, "reverse": ReverseTask, "addition": AdditionTask}
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .lanes import IGNORE
 
 # Ids that every sequence of a generated task may hold; its symbols begin behind them.
-PAD_ID = 0
-EOS_ID = 1
+PAD_ID = 0  # a pad
+EOS_ID = 1  # the end of the sequence
 NUM_RESERVED_IDS = 2
 
 

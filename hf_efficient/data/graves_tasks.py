@@ -248,6 +248,7 @@ class SortTask(GravesTask):
         return (is_last.argmax(-1, keepdim=True) + 1).expand(is_last.shape)
 
 
+# The tasks by their names.
 GRAVES_TASKS = {"parity": ParityTask, "logic": LogicTask, "addition": AdditionVectorsTask, "sort": SortTask}
 
 

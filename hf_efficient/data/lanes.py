@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+# The label that counts for no loss, as everywhere in transformers.
 IGNORE = -100
 DOCUMENT_BOUNDARIES = ("ignore", "reset")
 

@@ -21,6 +21,7 @@ COMMAND_WORDS = (*VERBS, "turn", *SIDES, "opposite", "around", "twice", "thrice"
 ACTIONS = ("I_WALK", "I_LOOK", "I_RUN", "I_JUMP", "I_TURN_LEFT", "I_TURN_RIGHT")
 # One vocabulary for both sides; 0 is padding and 1 ends a sequence.
 SYMBOL_IDS = {symbol: index for index, symbol in enumerate((*COMMAND_WORDS, *ACTIONS), NUM_RESERVED_IDS)}
+# Symbols of both sides, and the reserved ids.
 SCAN_VOCAB_SIZE = NUM_RESERVED_IDS + len(SYMBOL_IDS)
 
 DIVISIONS = ("simple", "length", "add_jump")

@@ -1,0 +1,62 @@
+"""The documents that a reader may copy from, and the code in them."""
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES, ROOT / "benchmarks" / "README.md", ROOT / "examples" / "README.md"]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The words of every command in a document's bash blocks: lines joined, comments and variables left out."""
+    for block in blocks(path, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in re.split(r"\s&&\s", line):
+                words = shlex.split(command, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words.pop(0)
+                if words:
+                    yield words
+
+
+TEXTS = ("my.txt", "other.txt", "held_out.txt")
+
+
+def prepare(folder: Path) -> None:
+    """Put there what commands on the pages name: texts, the recipes, a checkpoint of the original release."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for name in TEXTS:
+        (folder / name).write_text(text, "utf-8")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    checkpoint = folder / "LM-TFM-wt103" / "model.pt"
+    checkpoint.parent.mkdir()
+    shutil.copy(ROOT / "tests" / "fixtures" / "kimiyoung_xl" / "plain" / "model.pt", checkpoint)
+
+
+def cheap(words: list[str]) -> list[str]:
+    """A command of `hf-efficient` with as little work as it can have; flags that come last win."""
+    flags = {
+        "train": [
+            "--max_steps",
+            "2",
+            "--save_strategy",
+            "no",
+            "--logging_steps",
+            "1",
+            "--use_cpu",
+            "--disable_tqdm=true",
+        ],
+        "generate": ["--max_new_tokens", "3", "--device", "cpu"],
+        "evaluate": ["--device", "cpu"],
+        "publish": ["--dry_run"],
+    }
+    return [*words, *flags.get(words[0], [])]
