@@ -73,9 +73,7 @@ class EvaluateOptions(TextOptions):
     )
     conversations: str | None = field(
         default=None,
-        metadata={
-            "help": 'To measure answers: JSON lines with the key "turns"; of --split test if none is named; all reads all'
-        },
+        metadata={"help": 'To measure answers: JSON lines with the key "turns"; of --split test, or all'},
     )
     max_turns: int = field(default=7, metadata={"help": "Turns of a conversation that the model reads"})
     num_beams: int = field(default=1, metadata={"help": "Beams with which translations are made"})

@@ -200,7 +200,7 @@ class ConversationOptions(PairOptions):
     )
     conversations: str | None = field(
         default=None,
-        metadata={"help": 'File of JSON lines with the key "turns"; it may end with .gz. 2 %% of it are held out'},
+        metadata={"help": 'JSON lines with the key "turns"; 1 %% is held out to measure on, 1 %% to evaluate'},
     )
     validation_conversations: str | None = field(
         default=None, metadata={"help": "File to measure on, instead of what is held out of --conversations"}
