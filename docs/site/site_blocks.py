@@ -104,21 +104,24 @@ def heads_table() -> str:
     return table(["Type", *(f"`{auto}`" for auto in HEADS)], rows)
 
 
-def command_help(name: str) -> str:
-    """What `hf-efficient NAME --help` prints; without a name, `hf-efficient --help`."""
+def command_help(words: str) -> str:
+    """What `hf-efficient WORDS --help` prints; without words, `hf-efficient --help`."""
     from hf_efficient.cli.__main__ import run
 
     output = io.StringIO()
     with mock.patch.dict(os.environ, COLUMNS="100"), contextlib.redirect_stdout(output):
-        run([name, "--help"] if name else ["--help"])
+        run([*words.split(), "--help"])
     return f"```text\n{output.getvalue().rstrip()}\n```"
 
 
 def command_pages() -> str:
-    """A section with its help for every command."""
+    """A section with its help for every command, and for every task of `train`."""
     from hf_efficient.cli.__main__ import COMMANDS
+    from hf_efficient.cli.pair_tasks import PAIR_TASKS
 
-    return "\n\n".join(f"## {name}\n\n{command_help(name)}" for name in COMMANDS)
+    tasks = {"train": [f"train --task {task}" for task in PAIR_TASKS]}
+    pages = [words for name in COMMANDS for words in (name, *tasks.get(name, ()))]
+    return "\n\n".join(f"## {words}\n\n{command_help(words)}" for words in pages)
 
 
 # --- results ----------------------------------------------------------------------------------------------
