@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 CARD = "README.md"
 HEADER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]+src=[\"']([^\"']+)")
+HOME = re.compile(r"(?:/home/|/Users/|[A-Z]:\\Users\\)[\w.-]+")
 # What the Hub sorts models by, with an example to write.
 NEEDED = {"license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "text-generation"}
 LISTS = {"language": "en", "datasets": "Salesforce/wikitext", "tags": "long-context"}
@@ -64,6 +65,19 @@ def check_result(path: Path, result: EvalResult) -> None:
             f"{path} has {result.metric_type}: {value!r} among the results of its model-index; write the measured "
             "number, or leave the result out."
         )
+
+
+def card_hints(card: ModelCard) -> tuple[str, ...]:
+    """What the author may want to add to a valid card, or to take out of it."""
+    metadata, hints = card.data.to_dict(), []
+    if metadata["license"] == "unknown":
+        hints.append("license: unknown, so nobody may use the model; choose one, such as `license: apache-2.0`")
+    if "language" not in metadata:
+        hints.append("no language; add the text's, such as `language: en`")
+    if not card.data.eval_results:
+        hints.append("no measured results; train with a validation text, or add a model-index")
+    hints += [f"{path} names a person or a machine" for path in sorted(set(HOME.findall(card.content)))]
+    return tuple(hints)
 
 
 def shown_pictures(card: ModelCard, folder: Path) -> list[str]:

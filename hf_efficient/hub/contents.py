@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .card_checks import CARD, read_card, shown_pictures
+from .card_checks import CARD, card_hints, read_card, shown_pictures
 from .remote_code import architecture_code, code_files, tokenizer_code
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -72,10 +72,11 @@ class Upload:
 
 @dataclass
 class Contents:
-    """files: what goes, by name. left_out: what stays, with the reason."""
+    """files: what goes, by name. left_out: what stays, with the reason. hints: what the card could say better."""
 
     files: dict[str, Upload] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    hints: tuple[str, ...] = ()
 
     def add(self, name: str, content: Path | bytes, note: str = "") -> None:
         """Take a file; a later one of the same name takes its place."""
@@ -125,7 +126,7 @@ def collect_contents(folder: Path, with_code: bool) -> Contents:
     card = read_card(folder)
     pictures = shown_pictures(card, folder)
     rules = [*ignore_rules(folder), *card_rules(card.data.to_dict().get("exclude"), folder)]
-    contents = Contents()
+    contents = Contents(hints=card_hints(card))
     weights = weight_files(folder)
     for name in [*sorted(path.name for path in folder.iterdir()), *(name for name in pictures if "/" in name)]:
         path = folder / name

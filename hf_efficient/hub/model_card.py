@@ -117,18 +117,23 @@ PAIR_FILES = (
     *("source_text", "target_text", "pairs", "conversations"),
     *("validation_source", "validation_target", "validation_pairs", "validation_conversations"),
 )
-# Texts whose name says little.
+# Texts whose name says little, and the language of those that are in one.
 TEXTS = {"python-docs": "the Python language reference (python-docs)"}
+LANGUAGES = {"python-docs": "en", "Salesforce/wikitext": "en"}
+DATASET_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
 
 
-def write_model_card(run_folder: str | Path, license: str = "unknown") -> Path:
+def write_model_card(
+    run_folder: str | Path, license: str = "unknown", language: str | list[str] | None = None
+) -> Path:
     """Write README.md, the model card, into the folder of a finished run and return its path.
 
-    The card holds valid Hub metadata (licence, library, task, tags, and the measured results as a model index), the
-    results with what they were measured on, code that loads the model, settings, hardware, the command that repeats
-    the run, the curves, and the model's limits.
+    The card holds valid Hub metadata (licence, language, library, task, tags, datasets that have a name on the Hub,
+    and the measured results as a model index), the results with what they were measured on, code that loads the
+    model, settings, hardware, the command that repeats the run, the curves, and the model's limits.
 
     license: identifier of the Hub's list, such as "apache-2.0"; the licence of a model is its maker's to choose.
+    language: of the text, as a code such as "en", or several; None leaves it out unless the text is a known one.
 
     Raises FileNotFoundError if the folder has no report.json, ValueError if that is damaged or of an unfinished run.
     """
@@ -137,7 +142,7 @@ def write_model_card(run_folder: str | Path, license: str = "unknown") -> Path:
     task = task_of(report)
     text = describe_text(report["data"]["text"])
     card = ModelCard.from_template(
-        card_data(folder, report, license),
+        card_data(folder, report, license, language),
         template_path=str(Path(__file__).parent / task.template),
         report=report,
         task=report.get("task"),
@@ -166,7 +171,9 @@ def adapt_usage(card: str, name: str, with_code: bool) -> str:
         return card
     load = f'from_pretrained("{name}"{", trust_remote_code=True" if with_code else ""})'
     call = re.compile(rf'from_pretrained\("{re.escape(model[1])}"(?:, trust_remote_code=True)?\)')
-    program = call.sub(load, section[0])
+    program = call.sub(load, section[0]).replace(
+        f"hf-efficient generate {model[1]} ", f"hf-efficient generate {name} "
+    )
     if with_code:
         program = re.sub(r"^import hf_efficient\b.*\n", "", program, flags=re.MULTILINE)
     return card[: section.start()] + program + card[section.end() :]
@@ -207,18 +214,29 @@ def read_layer_types(folder: Path) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8")).get("attn_layers", []) if path.is_file() else []
 
 
-def card_data(folder: Path, report: dict[str, Any], license: str) -> ModelCardData:
+def card_data(
+    folder: Path, report: dict[str, Any], license: str, language: str | list[str] | None = None
+) -> ModelCardData:
     """The metadata at the head of the card."""
+    texts = report["data"]["text"]
+    known = sorted({LANGUAGES[text] for text in texts if text in LANGUAGES})
     arxiv = PAPERS[report["architecture"]].arxiv
     task = task_of(report)
     return ModelCardData(
         license=license,
+        language=language or known or None,
+        datasets=[text for text in texts if is_dataset(text)] or None,
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
         tags=["hf_efficient", report["architecture"].replace("_", "-"), *task.tags, f"arxiv:{arxiv}"],
         model_name=folder.resolve().name,
         eval_results=eval_results(report),
     )
+
+
+def is_dataset(text: str) -> bool:
+    """Whether a text is named as on the Hub, and is no file or folder here."""
+    return DATASET_NAME.fullmatch(text) is not None and not Path(text).suffix and not Path(text).exists()
 
 
 def eval_results(report: dict[str, Any]) -> list[EvalResult] | None:

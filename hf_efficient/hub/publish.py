@@ -37,12 +37,14 @@ class Publication:
     """What `publish` sends, or has sent; `print` shows it as a list.
 
     repo_id: where it goes. files: what goes, by name. left_out: what of the folder stays, with the reason.
-    removed: weights of an earlier commit that are deleted. url: of the commit, None as long as nothing was sent.
+    hints: what the card could say better. removed: weights of an earlier commit that are deleted. url: of the commit,
+    None as long as nothing was sent.
     """
 
     repo_id: str
     files: dict[str, Upload]
     left_out: dict[str, str]
+    hints: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     url: str | None = None
 
@@ -62,6 +64,9 @@ class Publication:
         if self.left_out:
             lines.append("Stays here:")
             lines += [f"  {name:<{width}}  {reason}" for name, reason in self.left_out.items()]
+        if self.hints:
+            lines.append(f"Worth a look in {CARD}:")
+            lines += [f"  {hint}" for hint in self.hints]
         return "\n".join(lines)
 
 
@@ -107,9 +112,10 @@ def publish(
     """
     folder = Path(folder)
     check_repo_id(repo_id)
+    check_token(token)
     contents = collect_contents(folder, with_code)
     rename_in_card(contents, repo_id, with_code)
-    publication = Publication(repo_id, dict(sorted(contents.files.items())), contents.left_out)
+    publication = Publication(repo_id, dict(sorted(contents.files.items())), contents.left_out, contents.hints)
     if dry_run:
         print(f"{publication}\nDry run: nothing was sent, and the Hub was not asked.")
         return publication
@@ -120,13 +126,13 @@ def publish(
         repo_id = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
         rename_in_card(contents, repo_id, with_code)
         publication = replace(publication, repo_id=repo_id, files=dict(sorted(contents.files.items())))
-        present = prepare_repository(api, publication, owners(account), private)
-        if present and not exist_ok:
-            check_free(api, publication, revision)
+        prepare_repository(api, repo_id, owners(account), private)
+        there = files_there(api, repo_id, revision)
+        if there and not exist_ok:
+            check_same(there, publication)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-            present = set(api.list_repo_files(repo_id, revision=revision))
-        publication = replace(publication, removed=stale_weights(present, publication.files))
+        publication = replace(publication, removed=stale_weights(there, publication))
         print(publication)
         commit = send(api, publication, revision, commit_message or f"Upload {folder.resolve().name}")
         check_arrival(api, publication, commit)
@@ -143,6 +149,12 @@ def check_repo_id(repo_id: str) -> None:
         ) from error
 
 
+def check_token(token: str | None) -> None:
+    """Raises ValueError, without the token in it, if that cannot be one: such as the whole line of a file."""
+    if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):
+        raise ValueError("token is empty, or has white space or other signs that no token has; copy it again.")
+
+
 def rename_in_card(contents: Contents, repo_id: str, with_code: bool) -> None:
     """Let the card's program load the model by its name on the Hub."""
     text = contents.files[CARD].text()
@@ -156,19 +168,18 @@ def owners(account: dict[str, Any]) -> set[str]:
     return {account["name"], *(organisation["name"] for organisation in account.get("orgs", []))}
 
 
-def prepare_repository(api: HfApi, publication: Publication, names: set[str], private: bool | None) -> set[str]:
-    """Make the repository if it is missing, and return the names of the files in it.
+def prepare_repository(api: HfApi, repo_id: str, names: set[str], private: bool | None) -> None:
+    """Make the repository if it is missing.
 
     names: the owners under whose names the account may publish.
 
     Raises FileExistsError if the repository is another's; ValueError if it is there and not as `private` says.
     """
-    repo_id = publication.repo_id
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         api.create_repo(repo_id, private=private, exist_ok=False)
-        return set()
+        return
     if repo_id.partition("/")[0] not in names:
         raise FileExistsError(
             f"repo_id={repo_id!r} is taken, and not yours; choose a name under {' or '.join(sorted(names))}."
@@ -178,19 +189,23 @@ def prepare_repository(api: HfApi, publication: Publication, names: set[str], pr
             f"private={private} cannot be had: {repo_id} is there already and is {'' if info.private else 'not '}"
             "private; leave the argument out, or change the repository in its settings on the Hub."
         )
-    return {sibling.rfilename for sibling in info.siblings or []} - FROM_THE_HUB
 
 
-def check_free(api: HfApi, publication: Publication, revision: str | None) -> None:
-    """Raises FileExistsError if a repository with files in it holds others than those that are to go there.
-
-    They are the same where the last attempt came to its end but the answer was lost on the way.
-    """
+def files_there(api: HfApi, repo_id: str, revision: str | None) -> dict[str, RepoFile]:
+    """The files of a branch, by name; of main, from which it will start, if there is no such branch."""
     try:
-        entries = list(api.list_repo_tree(publication.repo_id, recursive=True, revision=revision))
+        entries = list(api.list_repo_tree(repo_id, recursive=True, revision=revision))
     except RevisionNotFoundError:
-        entries = []
-    there = {entry.path: entry for entry in entries}
+        entries = list(api.list_repo_tree(repo_id, recursive=True))
+    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    return {file.path: file for file in files if file.path not in FROM_THE_HUB}
+
+
+def check_same(there: dict[str, RepoFile], publication: Publication) -> None:
+    """Raises FileExistsError if the repository holds other files than those that are to go there.
+
+    It holds the same where the last attempt came to its end, but the answer was lost on the way.
+    """
     for name, upload in publication.files.items():
         if name not in there or not is_same(there[name], upload):
             raise FileExistsError(
@@ -209,10 +224,10 @@ def is_same(entry: RepoFile, upload: Upload) -> bool:
     return entry.blob_id == sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
 
 
-def stale_weights(present: set[str], files: dict[str, Upload]) -> tuple[str, ...]:
+def stale_weights(there: dict[str, RepoFile], publication: Publication) -> tuple[str, ...]:
     """Weights in the repository that the new commit does not replace."""
-    gone = [name for name in present if any(fnmatchcase(name, pattern) for pattern in WEIGHTS)]
-    return tuple(sorted(set(gone) - files.keys()))
+    weights = {name for name in there if any(fnmatchcase(name, pattern) for pattern in WEIGHTS)}
+    return tuple(sorted(weights - publication.files.keys()))
 
 
 def send(api: HfApi, publication: Publication, revision: str | None, message: str) -> CommitInfo:
@@ -262,8 +277,8 @@ def explain(error: BaseException, repo_id: str, api: HfApi, size: int) -> OSErro
     if not isinstance(error, HfHubHTTPError):
         what = f"the connection to {api.endpoint} broke" if isinstance(error, HTTPError) else "the upload failed"
         return ConnectionError(
-            f"repo_id={repo_id!r}: {what} ({type(error).__name__}: {error}). Nothing is visible yet; publish again "
-            "with the same arguments: files that arrived are not sent a second time."
+            f"repo_id={repo_id!r}: {what} ({type(error).__name__}: {error}). Publish again with the "
+            "same arguments: it goes on where it stopped, and files that arrived are not sent a second time."
         )
     status, words = error.response.status_code, " ".join(str(error.server_message or error).split())
     if status in OUT_OF_SPACE or (status == 403 and any(word in words.lower() for word in SPACE_WORDS)):

@@ -4,36 +4,13 @@ import json
 
 import pytest
 import yaml
+from hub.published_models import REPORT as ANY_REPORT
 from huggingface_hub import ModelCard
 
 from hf_efficient.hub import write_model_card
-from hf_efficient.hub.model_card import describe_text
+from hf_efficient.hub.model_card import adapt_usage, describe_text
 
-REPORT = {
-    "architecture": "transformer_xl",
-    "parameters": 1_234_567,
-    "command": "hf-efficient train --text my.txt --output_dir runs/mine",
-    "settings": {"text": ["/home/me/my.txt"], "max_steps": 10, "model": {"mem_len": 32}},
-    "steps": 10,
-    "train_tokens": 5120,
-    "train_seconds": 12.3,
-    "tokens_per_second": 416.3,
-    "peak_memory_mb": 612.4,
-    "data": {"text": ["/home/me/my.txt"], "tokens": 2000, "bytes": 4000},
-    "validation": {
-        "text": ["held_out.txt"],
-        "tokens": 500,
-        "bytes": 1000,
-        "segment_length": 16,
-        "mem_len": 32,
-        "loss": 2.5,
-        "perplexity": 12.18249,
-        "bits_per_byte": 1.80337,
-    },
-    "hardware": "A processor, 2 threads",
-    "versions": {"python": "3.11", "hf_efficient": "0.1.0"},
-    "date": "2026-01-02",
-}
+REPORT = {"architecture": "transformer_xl"} | ANY_REPORT
 
 
 @pytest.fixture
@@ -62,6 +39,61 @@ def test_metadata_is_what_the_hub_expects(run_folder):
     assert {result.dataset_name for result in results.values()} == {"held_out.txt"}
     header = yaml.safe_load(path.read_text("utf-8").split("---")[1])
     assert header["model-index"][0]["name"] == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        (["python-docs"], None, (["en"], None)),
+        (["Salesforce/wikitext"], None, (["en"], ["Salesforce/wikitext"])),
+        (["someone/poems", "data/mine.txt"], ["de", "fr"], (["de", "fr"], ["someone/poems"])),
+        (["/home/me/my.txt"], "de", ("de", None)),
+        (["/home/me/my.txt"], None, (None, None)),
+    ],
+)
+def test_language_and_datasets(run_folder, text, language, expected):
+    write_report(run_folder, REPORT | {"data": REPORT["data"] | {"text": text}})
+    data = ModelCard.load(write_model_card(run_folder, language=language)).data
+    assert (data.language, data.datasets) == expected
+
+
+def test_text_that_lies_here_is_no_dataset(run_folder, monkeypatch):
+    (run_folder / "data" / "poems").mkdir(parents=True)
+    monkeypatch.chdir(run_folder)
+    write_report(run_folder, REPORT | {"data": REPORT["data"] | {"text": ["data/poems"]}})
+    assert ModelCard.load(write_model_card(run_folder)).data.datasets is None
+
+
+CARD = """\
+# old
+from_pretrained("old")
+## How to use it
+```python
+import hf_efficient  # registers the architecture with the Auto classes
+model = AutoModel.from_pretrained("old")
+tokenizer = AutoTokenizer.from_pretrained("old")
+other = AutoModel.from_pretrained("another")
+```
+`hf-efficient generate old --interactive` talks with it.
+## More
+model = AutoModel.from_pretrained("old")
+"""
+
+
+def test_program_with_the_name_on_the_hub():
+    """Only the program of its section changes, and there only the model's own name."""
+    before, program, after = CARD.partition("## How to use it")[0], CARD.split("## ")[1], CARD.partition("## More")[2]
+    without = adapt_usage(CARD, "me/new", with_code=False)
+    assert (
+        without
+        == before + "## " + program.replace('"old"', '"me/new"').replace(" old ", " me/new ") + "## More" + after
+    )
+    with_code = adapt_usage(CARD, "me/new", with_code=True)
+    assert with_code.count('from_pretrained("me/new", trust_remote_code=True)') == 2
+    assert "import hf_efficient" not in with_code
+    assert adapt_usage(adapt_usage(CARD, "me/new", False), "me/newer", True) == adapt_usage(CARD, "me/newer", True)
+    for card in ("# old\n", CARD.replace("## How", "## Where"), CARD.replace("model = ", "net = ")):
+        assert adapt_usage(card, "me/new", with_code=True) == card
 
 
 def test_text_holds_results_settings_command_and_limits(run_folder):

@@ -163,7 +163,7 @@ def test_broken_upload_is_continued_by_the_same_call(hub, folder):
     }
     broken = hashes[shards[-1]]
     hub.faults.append(Fault("PUT", f"/_blobs/{broken}", cut_after=100))
-    with pytest.raises(ConnectionError, match="publish again with the same arguments"):
+    with pytest.raises(ConnectionError, match="Publish again with the same arguments"):
         publish(folder, "mine")
     assert hub.files(NAME) == {}
     arrived = set(hub.blobs)
@@ -180,7 +180,7 @@ def test_broken_upload_is_continued_by_the_same_call(hub, folder):
 @pytest.mark.parametrize("of_answer", [False, True])
 def test_commit_whose_request_or_answer_is_lost(hub, folder, of_answer):
     hub.faults.append(Fault("POST", f"/api/models/{NAME}/commit/", cut_after=20, of_answer=of_answer, times=1))
-    with pytest.raises(ConnectionError, match="publish again"):
+    with pytest.raises(ConnectionError, match="Publish again"):
         publish(folder, "mine")
     publish(folder, "mine")
     assert hub.files(NAME).keys() == PARTS
@@ -244,6 +244,15 @@ def test_name_taken_at_the_last_moment(hub, folder):
     hub.faults.append(Fault("POST", "/api/repos/create", status=409, message="You already created this model repo"))
     with pytest.raises(FileExistsError, match="409"):
         publish(folder, "mine")
+
+
+@pytest.mark.parametrize("token", ["", "hf_x\n", "Bearer hf_x", "hf_ü"])
+def test_token_that_cannot_be_one(hub, folder, token):
+    """Before it gets into a header, whose error would show it."""
+    with pytest.raises(ValueError, match="token is empty, or has") as caught:
+        publish(folder, "mine", token=token)
+    assert "hf_" not in str(caught.value)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("private", [True, False])
