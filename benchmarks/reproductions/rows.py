@@ -14,7 +14,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "settings"
 RESULTS = HERE.parent / "results" / "reproductions"
-TABLES = ("logical_inference", "algorithmic", "babi", "graves", "ponder_cost")
+TABLES = ("logical_inference", "algorithmic", "babi", "graves", "ponder_cost", "translation")
 
 
 @dataclass(frozen=True)
