@@ -3,12 +3,15 @@
 import math
 import re
 from pathlib import Path
+from posixpath import isabs, normpath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import EvalResult, ModelCard
 
 CARD = "README.md"
 HEADER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
+FENCED = re.compile(r"^(```+|~~~+).*?^\1", re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]+src=[\"']([^\"']+)")
 HOME = re.compile(r"(?:/home/|/Users/|[A-Z]:\\Users\\)[\w.-]+")
 # What the Hub sorts models by, with an example to write.
@@ -28,7 +31,7 @@ def read_card(folder: Path) -> ModelCard:
             f"folder={str(folder)!r} holds no card, {CARD}; write one that says what the model is, how it was trained "
             "and how good it is (hf_efficient.hub.write_model_card makes one from a finished run)."
         )
-    if not HEADER.search(path.read_text("utf-8-sig")):
+    if not HEADER.search(path.read_text("utf-8-sig", errors="replace")):
         raise ValueError(f"{path} begins with no metadata; put `license: apache-2.0` and the like between two ---.")
     try:
         card = ModelCard.load(path)
@@ -85,10 +88,13 @@ def shown_pictures(card: ModelCard, folder: Path) -> list[str]:
 
     Raises FileNotFoundError if it shows one that is not there, ValueError if that lies outside the folder.
     """
-    targets = [first or second for first, second in PICTURE.findall(card.text)]
-    names = {target.removeprefix("./") for target in targets if "://" not in target and not target.startswith("data:")}
+    targets = [first or second for first, second in PICTURE.findall(FENCED.sub("", card.text))]
+    local = [
+        urlsplit(target).path for target in targets if not urlsplit(target).scheme and not target.startswith("//")
+    ]
+    names = {normpath(unquote(path)) for path in local}
     for name in sorted(names):
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        if isabs(name) or name.startswith(".."):
             raise ValueError(f"{folder / CARD} shows the picture {name!r} from outside the folder; copy it there.")
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -19,7 +19,7 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PARTS = (
     *(CONFIG, "generation_config.json", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
     *(TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
 TRAINING_STATE = (
     *("training_args.bin", "trainer_state.json", "run_settings.json", "report.json", "recipe.yaml"),
@@ -29,7 +29,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 # What is more than itself in a pattern of git's.
 GLOB = re.compile(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])")
 IGNORE_FILES = (".gitignore", ".hubignore")
-BINARY = (".safetensors", ".model", ".spm", ".png", ".jpg", ".jpeg", ".gif", ".webp")
 SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}\b"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"),
@@ -61,13 +60,8 @@ class Upload:
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
     def text(self) -> str:
-        """Its content as text. Raises ValueError if it is none."""
-        try:
-            return self.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{self.name} is no text in UTF-8 ({error}); save it again, or name it in .hubignore."
-            ) from error
+        """Its content as text."""
+        return self.read().decode("utf-8")
 
 
 @dataclass
@@ -307,11 +301,10 @@ def write_auto_map(contents: Contents, name: str, config: dict[str, Any], auto_m
 
 
 def check_secrets(contents: Contents) -> None:
-    """Raises ValueError if a text that is to go holds what looks like a token or a key."""
-    for upload in contents.files.values():
-        if upload.name.endswith(BINARY):
-            continue
-        for kind, line in found_secrets(upload.text()):
+    """Raises ValueError if a file that is to go, the weights apart, holds what looks like a token or a key."""
+    texts = (upload for upload in contents.files.values() if not upload.name.endswith(".safetensors"))
+    for upload in texts:
+        for kind, line in found_secrets(upload.read().decode("utf-8", errors="replace")):
             raise ValueError(
                 f"{upload.name}, line {line}, holds what looks like {kind}; take it out before publishing, and have "
                 "it replaced if it was real."

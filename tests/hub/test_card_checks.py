@@ -66,6 +66,12 @@ def test_card_without_metadata(tmp_path):
         read_card(tmp_path)
 
 
+def test_card_that_is_no_text(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff")
+    with pytest.raises(ValueError, match="README.md has invalid metadata.*utf-8"):
+        read_card(tmp_path)
+
+
 def test_no_card(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no card, README.md; write one"):
         read_card(tmp_path)
@@ -73,13 +79,18 @@ def test_no_card(tmp_path):
 
 @pytest.mark.parametrize(
     ("picture", "error", "words"),
-    [("absent.png", FileNotFoundError, "missing"), ("../outside.png", ValueError, "from outside the folder")],
+    [
+        ("absent.png", FileNotFoundError, "missing"),
+        ("../outside.png", ValueError, "from outside the folder"),
+        ("a/../../outside.png", ValueError, "from outside the folder"),
+        ("/etc/passwd", ValueError, "from outside the folder"),
+    ],
 )
 def test_pictures_that_would_not_be_seen(tmp_path, picture, error, words):
     (tmp_path / "outside.png").touch()
     (tmp_path / "model").mkdir()
     folder = card_in(tmp_path / "model", GOOD, f"![A curve]({picture})\n")
-    with pytest.raises(error, match=f"'{picture}'.*{words}"):
+    with pytest.raises(error, match=words):
         shown_pictures(read_card(folder), folder)
 
 

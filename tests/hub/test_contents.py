@@ -61,14 +61,30 @@ def test_pictures_in_folders_go_if_the_card_shows_them(folder):
     (folder / "pictures").mkdir()
     (folder / "pictures" / "shown.png").write_bytes(b"shown")
     (folder / "pictures" / "other.png").write_bytes(b"other")
-    edit(folder / "README.md", "(loss.png)", '(./pictures/shown.png "a title")\n<img width=3 src="loss.png">')
+    edit(
+        folder / "README.md", "(loss.png)", '(./pictures/shown%2Epng?raw=true "a title")\n<img width=3 src="loss.png">'
+    )
     files = collect_contents(folder, with_code=False).files
     assert [name for name in files if name.endswith(".png")] == ["loss.png", "pictures/shown.png"]
 
 
-def test_links_from_elsewhere_are_no_files(folder):
-    edit(folder / "README.md", "](loss.png)", "](https://example.org/loss.png) ![](data:image/png;base64,AAAA)")
-    assert "loss.png" not in collect_contents(folder, with_code=False).files
+def test_pictures_that_are_no_files_here(folder):
+    elsewhere = "](https://example.org/loss.png) ![](data:image/png;base64,AAAA)\n```markdown\n![](example.png)\n```\n"
+    edit(folder / "README.md", "](loss.png)", elsewhere)
+    assert not any(name.endswith(".png") for name in collect_contents(folder, with_code=False).files)
+
+
+def test_folder_of_links_as_in_a_cache(folder, tmp_path):
+    """huggingface_hub's cache holds links to files that lie elsewhere, under other names."""
+    cache = tmp_path / "snapshot"
+    cache.mkdir()
+    for number, path in enumerate(folder.iterdir()):
+        (tmp_path / f"blob{number}").write_bytes(path.read_bytes())
+        (cache / path.name).symlink_to(tmp_path / f"blob{number}")
+    here, there = (collect_contents(place, with_code=True).files for place in (folder, cache))
+    assert {name: upload.read() for name, upload in here.items()} == {
+        name: upload.read() for name, upload in there.items()
+    }
 
 
 def test_rules_are_read_as_git_reads_them(tmp_path):
@@ -217,10 +233,9 @@ def test_secrets_are_not_published(folder, secret, name):
     assert secret not in str(caught.value)
 
 
-def test_text_that_is_none(folder):
-    (folder / "vocab.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="vocab.txt is no text"):
-        collect_contents(folder, with_code=False)
+def test_vocabulary_in_another_encoding(folder):
+    (folder / "vocab.txt").write_bytes("Ünïcödé".encode("latin-1"))
+    assert "vocab.txt" in collect_contents(folder, with_code=False).files
 
 
 # --- code -------------------------------------------------------------------------------------------------------
