@@ -21,7 +21,7 @@ from models.universal_transformer.training_run import mean_over_processes, outco
 from models.universal_transformer.whole_models import enable_checkpointing
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
@@ -90,6 +90,7 @@ def run_plan(name: str, folder: Path) -> dict:
         make_model(name).save_pretrained(folder)
     dist.barrier()
     model = MODELS[name][0].from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2)).train()
+    assert all(isinstance(block, FSDPModule) for block in model.model.get_decoder().layers)
     losses = train(model, dist.get_rank(), dist.get_world_size())
     return outcome(model, mean_over_processes(losses))
 
