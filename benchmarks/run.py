@@ -26,6 +26,7 @@ BENCHMARKS = (
     "ut_decode",
     "ut_act_speed",
     "ut_fixed_vs_llama",
+    "et_train",
     "et_decode",
 )
 
