@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_efficient.cli.__main__ import main
 from hf_efficient.cli.arguments import CommandParser
 from hf_efficient.cli.models import build_config
 from hf_efficient.cli.recipes import read_recipe
 from hf_efficient.cli.report import plain
+from hf_efficient.cli.train_pairs import apply_schedule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
@@ -29,8 +30,12 @@ PUBLISHED_SIZES = {
     "transformer_xl_wikitext103_base": 151,
     "transformer_xl_wikitext103_large": 285,  # the paper says 257, but its own script's sizes and vocabulary give 285
     "transformer_xl_ptb": 24,
+    # So et al. 2019, table 4, and tensor2tensor's own count
+    "evolved_transformer_translation_tiny": 7.3,
+    "evolved_transformer_translation_base": 64.3,
+    "evolved_transformer_translation_big": 222.2,
 }
-VOCABULARIES = {"enwik8": 204, "text8": 27, "wikitext103": 267_735, "ptb": 10_000}
+VOCABULARIES = {"translation": 33_708, "enwik8": 204, "text8": 27, "wikitext103": 267_735, "ptb": 10_000}
 
 
 class Vocabulary:
@@ -82,7 +87,7 @@ def test_recipe_has_the_published_size(name, millions):
     corpus = name.split("_")[2]
     config = config_of(EXAMPLES / f"{name}.yaml", VOCABULARIES[corpus])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.02)
 
 
@@ -97,11 +102,25 @@ def test_commands_in_comments_parse(path, monkeypatch):
 
 def test_values_of_published_recipes_name_their_source():
     for path in RECIPES:
-        if "authors' release" not in path.read_text("utf-8"):
+        if not re.search("authors' release|tensor2tensor 1.15.7", path.read_text("utf-8")):
             continue
         settings = re.findall(r"^ *[a-z]\w*: .+$", path.read_text("utf-8"), re.MULTILINE)
-        own = ("architecture", "weight_decay", "save_steps", "eval_strategy")
+        own = ("architecture", "weight_decay", "save_steps", "eval_strategy", "logging_steps")
+        own += ("task", "source_text", "target_text", "validation_")
         assert [line for line in settings if "#" not in line and not line.startswith(own)] == []
+
+
+@pytest.mark.parametrize("size", ["tiny", "base", "big"])
+def test_schedules_of_translation_recipes(size):
+    """Warm-up to 2 (d w)^-1/2, as tensor2tensor's; the smallest begins at the peak."""
+    path = EXAMPLES / f"evolved_transformer_translation_{size}.yaml"
+    invocation = parse(["train", str(path), "--output_dir", "runs/test", "--use_cpu"])
+    options, args = invocation.options
+    config = config_of(path, 33_708)
+    apply_schedule(options, args, config.hidden_size, invocation.given)
+    assert args.learning_rate == pytest.approx(2 * (config.hidden_size * 8000) ** -0.5)
+    assert (args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.997, 1e-9, 0)
+    assert args.warmup_steps == (0 if size == "tiny" else 8000)
 
 
 def test_quick_recipe_runs_on_a_text_of_ones_own(tmp_path):

@@ -70,7 +70,7 @@ def train(invocation: Invocation) -> dict[str, Any]:
     model = make_model(options, invocation.model_settings, tokenizer)
     for flag, tokens in (("--max_source_length", pairs), ("validation", validation)):
         check_lengths(model, tokens, flag)
-    apply_schedule(options, args, model, invocation.given)
+    apply_schedule(options, args, model.config.hidden_size, invocation.given)
     identity = run_identity(options, args, model, train_pairs=len(pairs), train_tokens=count_tokens(pairs))
     with explained("--output_dir"):
         checkpoint = check_run_folder(folder, identity)
@@ -116,13 +116,13 @@ def make_model(options: PairOptions, settings: dict[str, Any], tokenizer: PreTra
     return AutoModelForSeq2SeqLM.from_config(build_config(options.architecture, settings, tokenizer, for_pairs=True))
 
 
-def apply_schedule(options: PairOptions, args: PairArguments, model: PreTrainedModel, given: dict[str, Any]) -> None:
+def apply_schedule(options: PairOptions, args: PairArguments, hidden_size: int, given: dict[str, Any]) -> None:
     """Set what `--schedule` stands for. Raises CommandError if a flag contradicts it, or without --max_steps."""
     if options.schedule is None:
         return
     if args.max_steps < 1:
         raise CommandError(f"--schedule {options.schedule} needs the number of updates; give --max_steps.")
-    schedule = {"hidden_size": model.config.hidden_size, "max_steps": args.max_steps}
+    schedule = {"hidden_size": hidden_size, "max_steps": args.max_steps}
     if "warmup_steps" in given:
         schedule["warmup_steps"] = args.get_warmup_steps(args.max_steps)
     with explained("--schedule"):

@@ -86,6 +86,7 @@ def meena(hidden_size: int, max_steps: int, warmup_steps: int = 10_000) -> dict[
     }
 
 
+# The papers' settings by name, from the model's width and the number of updates.
 SCHEDULES: dict[str, Callable[..., dict[str, Any]]] = {
     "transformer": transformer,
     "evolved_transformer": evolved_transformer,
