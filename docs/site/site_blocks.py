@@ -10,6 +10,7 @@ import re
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from inspect import getdoc
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -199,6 +200,26 @@ def conditions(benchmark: str) -> str:
     )
 
 
+def comparisons(prefix: str, title: str) -> str:
+    """A section on every benchmark whose name begins so, what it measures and its rows; nothing if there is none."""
+    names = sorted(path.stem for path in (BENCHMARKS / "results").glob(f"{prefix}*.json"))
+    parts = [f"{summary(BENCHMARKS / f'{name}.py')}\n\n{comparison(name)}" for name in names]
+    return "\n\n".join([f"## {title}", *parts] if parts else [])
+
+
+def reproductions() -> str:
+    """A section for every reproduced experiment."""
+    names = sorted(path.stem for path in (BENCHMARKS / "results" / "reproductions").glob("*.json"))
+    sections = [(summary(BENCHMARKS / "reproductions" / f"{name}.py"), reproduction(name)) for name in names]
+    return "\n\n".join(f"### {title.rstrip('.')}\n\n{tables}" for title, tables in sections)
+
+
+def summary(script: Path) -> str:
+    """The first paragraph of a script's docstring."""
+    docstring = ast.get_docstring(ast.parse(script.read_text("utf-8")))
+    return " ".join(docstring.split("\n\n")[0].split())
+
+
 def reproduction(name: str) -> str:
     """The tables of a reproduced experiment, as they stand on the page that benchmarks/report.py writes."""
     page = (BENCHMARKS / "results" / "README.md").read_text("utf-8")
@@ -224,11 +245,12 @@ BLOCKS = {
     "command_help": command_help,
     "command_pages": command_pages,
     "comparison": comparison,
+    "comparisons": comparisons,
     "config_table": config_table,
     "figure": figure,
     "heads_table": heads_table,
     "measured": measured,
     "presets_table": presets_table,
-    "reproduction": reproduction,
+    "reproductions": reproductions,
     "setting": setting,
 }
