@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_efficient.data import generate_phrases
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # Jupyter is not needed to run a notebook's code; of IPython the notebooks use only this.
@@ -37,8 +39,11 @@ def code_of(path):
     return ["".join(cell["source"]) for cell in read(path) if cell["cell_type"] == "code"]
 
 
-def run(path, folder, updates=None):
-    """Run a notebook's code in a process of its own, training for `updates` steps; what it printed."""
+def run(path, folder, updates=None, **environment):
+    """Run a notebook's code in a process of its own, training for `updates` steps; what it printed.
+
+    environment: variables that it finds set.
+    """
     program = "\n".join([STUB, *code_of(path)])
     if updates is not None:
         program, count = re.subn(r"^UPDATES = \d+$", f"UPDATES = {updates}", program, flags=re.MULTILINE)
@@ -47,7 +52,7 @@ def run(path, folder, updates=None):
     finished = subprocess.run(
         [sys.executable, "notebook.py"],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         check=False,
         capture_output=True,
         text=True,
@@ -70,6 +75,26 @@ def test_universal_transformer_learns_the_puzzle_and_thinks_longer_about_far_box
     assert min(float(accuracy) for _, accuracy, _ in rows) > 90
     steps = [float(number) for _, _, number in rows]
     assert steps[0] + 1 < steps[2] < steps[5]
+
+
+def test_translation_reads_pairs_from_a_folder(tmp_path):
+    pairs = generate_phrases(90, seed=7)
+    for split, places in {"train": range(60), "val": range(60, 90)}.items():
+        for language, side in (("en", "source"), ("de", "target")):
+            text = "".join(f"{line}\n" for line in pairs.select(places)[side])
+            (tmp_path / f"{split}.{language}").write_text(text, "utf-8")
+    printed = run(FOLDER / "translation.ipynb", tmp_path, updates=2, PARALLEL_TEXTS=str(tmp_path))
+    assert f"{pairs[60]['source']}\n    {pairs[60]['target']}\n" in printed
+    assert "of 30 are those of the corpus" in printed
+
+
+@pytest.mark.slow
+def test_translation_learns_the_grammar(tmp_path):
+    printed = run(FOLDER / "translation.ipynb", tmp_path)
+    scores = [float(score) for score in re.findall(r"BLEU +([\d.]+)$", printed, re.MULTILINE)]
+    assert len(scores) == 5
+    assert scores[-1] > 85
+    assert "the same without a cache: True" in printed
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
