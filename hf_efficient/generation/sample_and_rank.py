@@ -126,12 +126,12 @@ def _draw(
     )
     answers = output.sequences[:, -len(output.logits) :]
     counted = _is_counted(answers, _eos_token_ids(model, settings))
-    total = torch.zeros(len(answers), dtype=torch.float64, device=answers.device)
+    total = torch.zeros(len(answers), device=answers.device)
     for step, logits in enumerate(output.logits):  # one after the other: together they are copied whole
         chosen = logits.float().log_softmax(-1).gather(-1, answers[:, step, None].to(logits.device))[:, 0]
         total += torch.where(counted[:, step], chosen.to(total), 0)
     lengths = counted.sum(dim=1)
-    scores = torch.where(lengths > 0, total / lengths.clamp(min=1), -torch.inf).float()
+    scores = torch.where(lengths > 0, total / lengths.clamp(min=1), -torch.inf)
     shape = (input_ids.shape[0], number)
     return output.sequences.view(*shape, -1), scores.view(shape), lengths.view(shape)
 
