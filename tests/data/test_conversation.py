@@ -68,14 +68,14 @@ def test_splits_are_disjoint_and_keep_twins_together(tmp_path):
     assert sum(map(len, parts.values())) == 1050
     for name, part in parts.items():
         assert all(split_of_conversation(turns) == name for turns in part)
-    for name, share in {"train": 0.98, "validation": 0.01, "test": 0.01}.items():
+    for name, share in {"train": 0.96, "validation": 0.02, "test": 0.02}.items():
         deviation = (share * (1 - share) / 1000) ** 0.5
         assert abs(len(set(parts[name])) / 1000 - share) < 4 * deviation
 
 
 def test_split_is_the_same_in_every_release():
     """Or a model would be measured on what an earlier release trained it on."""
-    assert [n for n in range(200) if split_of_conversation([str(n)]) == "test"] == [120]
+    assert [n for n in range(200) if split_of_conversation([str(n)]) == "test"] == [16, 19, 32, 120]
 
 
 @pytest.mark.parametrize(
