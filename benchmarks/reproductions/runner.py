@@ -27,7 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--data", type=Path, help="folder with the data sets: logic/generated, babi")
+    parser.add_argument("--data", type=Path, help="folder with the data sets: logic/generated, babi, multi30k")
     parser.add_argument("--settings", type=Path, default=rows.SETTINGS, help="folder of the tables' YAML files")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of the tables' JSON files")
     parser.add_argument(
