@@ -200,6 +200,21 @@ def conditions(benchmark: str) -> str:
     )
 
 
+def memory(benchmark: str) -> str:
+    """The rows of a benchmark of which only the memory is to be read."""
+    rows = [
+        [
+            row["name"].split("/", 1)[1],
+            row["config"]["peer"],
+            *(digits(row[f"{side}_mb"]) for side in ("ours", "peer")),
+            digits(row["ours_mb"] / row["peer_mb"]),
+        ]
+        for row in rows_of(benchmark)
+    ]
+    header = ["Case", "Peer", "Ours, MB", "Peer, MB", "Ours / peer"]
+    return table(header, rows, align="llrrr") + "\n\n" + conditions(benchmark)
+
+
 def comparisons(prefix: str, title: str) -> str:
     """A section on every benchmark whose name begins so, what it measures and its rows; nothing if there is none."""
     names = sorted(path.stem for path in (BENCHMARKS / "results").glob(f"{prefix}*.json"))
@@ -208,26 +223,21 @@ def comparisons(prefix: str, title: str) -> str:
 
 
 def reproductions() -> str:
-    """A section for every reproduced experiment."""
-    names = sorted(path.stem for path in (BENCHMARKS / "results" / "reproductions").glob("*.json"))
-    sections = [(summary(BENCHMARKS / "reproductions" / f"{name}.py"), reproduction(name)) for name in names]
-    return "\n\n".join(f"### {title.rstrip('.')}\n\n{tables}" for title, tables in sections)
+    """A section for every reproduced experiment, with its tables from the page that benchmarks/report.py writes."""
+    page = (BENCHMARKS / "results" / "README.md").read_text("utf-8")
+    parts = []
+    for name in sorted(path.stem for path in (BENCHMARKS / "results" / "reproductions").glob("*.json")):
+        section = re.search(rf"^## {name}$(.*?)(?=^- Machine)", page, re.MULTILINE | re.DOTALL)
+        tables = re.findall(r"(?:^\|.*\n)+", section[1], re.MULTILINE) if section else []
+        title = summary(BENCHMARKS / "reproductions" / f"{name}.py").rstrip(".")
+        parts += [f"### {title}", *tables, f"*[Everything about it](results.md#{name}).*"] if tables else []
+    return "\n\n".join(parts)
 
 
 def summary(script: Path) -> str:
     """The first paragraph of a script's docstring."""
     docstring = ast.get_docstring(ast.parse(script.read_text("utf-8")))
     return " ".join(docstring.split("\n\n")[0].split())
-
-
-def reproduction(name: str) -> str:
-    """The tables of a reproduced experiment, as they stand on the page that benchmarks/report.py writes."""
-    page = (BENCHMARKS / "results" / "README.md").read_text("utf-8")
-    section = re.search(rf"^## {name}$(.*?)(?=^- Machine)", page, re.MULTILINE | re.DOTALL)
-    if not section:
-        raise ValueError(f"{name}: no such section in benchmarks/results/README.md.")
-    tables = re.findall(r"(?:^\|.*\n)+", section[1], re.MULTILINE)
-    return "\n".join(tables) + f"\n*[Everything about it](results.md#{name}).*"
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -250,6 +260,7 @@ BLOCKS = {
     "figure": figure,
     "heads_table": heads_table,
     "measured": measured,
+    "memory": memory,
     "presets_table": presets_table,
     "reproductions": reproductions,
     "setting": setting,

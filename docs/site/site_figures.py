@@ -62,9 +62,11 @@ def reformer_against_depth() -> Figure:
     rows = rows_of("reformer_depth_memory")
     figure, (axes,) = canvas(1)
     names = [row["name"].split("/", 1)[1] for row in rows]
+    config = rows[0]["config"]
+    few, many = config["peer"].removeprefix("the same model with "), f"{len(config['attn_layers'])} layers"
     places = range(len(rows))
-    axes.barh([p - 0.2 for p in places], [row["peer_mb"] for row in rows], 0.38, color=GREY, label="6 layers")
-    axes.barh([p + 0.2 for p in places], [row["ours_mb"] for row in rows], 0.38, color=BLUE, label="24 layers")
+    axes.barh([p - 0.2 for p in places], [row["peer_mb"] for row in rows], 0.38, color=GREY, label=few)
+    axes.barh([p + 0.2 for p in places], [row["ours_mb"] for row in rows], 0.38, color=BLUE, label=many)
     axes.set_yticks(list(places), names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
