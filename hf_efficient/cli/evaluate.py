@@ -131,7 +131,7 @@ def kind_of(given: dict[str, Any]) -> str:
     """What is to be measured, by the flags that were given. Raises CommandError for flags that do not go together."""
     named = {"text": "text", "source_text": "translation", "target_text": "translation", "pairs": "translation"}
     named["conversations"] = "conversation"
-    kinds = {named[flag]: flag for flag in given if flag in named}
+    kinds = {named[flag]: flag for flag in reversed(given) if flag in named}
     if len(kinds) > 1:
         raise CommandError(f"--{' and --'.join(kinds.values())} measure different things; give one of them.")
     kind = next(iter(kinds), "text")

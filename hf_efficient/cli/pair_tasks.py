@@ -200,7 +200,7 @@ class ConversationOptions(PairOptions):
     )
     conversations: str | None = field(
         default=None,
-        metadata={"help": 'JSON lines with the key "turns"; 1 %% is held out to measure on, 1 %% to evaluate'},
+        metadata={"help": 'JSON lines with the key "turns"; 2 %% are held out to measure on, 2 %% to evaluate'},
     )
     validation_conversations: str | None = field(
         default=None, metadata={"help": "File to measure on, instead of what is held out of --conversations"}

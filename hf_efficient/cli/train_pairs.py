@@ -70,6 +70,7 @@ def train(invocation: Invocation) -> dict[str, Any]:
     model = make_model(options, invocation.model_settings, tokenizer)
     for flag, tokens in (("--max_source_length", pairs), ("validation", validation)):
         check_lengths(model, tokens, flag)
+    check_smoothing(args, model)
     apply_schedule(options, args, model.config.hidden_size, invocation.given)
     identity = run_identity(options, args, model, train_pairs=len(pairs), train_tokens=count_tokens(pairs))
     with explained("--output_dir"):
@@ -114,6 +115,16 @@ def read_validation(options: PairOptions, args: PairArguments, tokenizer: PreTra
 def make_model(options: PairOptions, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model with new weights. Settings that were not given are the architecture's starter settings."""
     return AutoModelForSeq2SeqLM.from_config(build_config(options.architecture, settings, tokenizer, for_pairs=True))
+
+
+def check_smoothing(args: PairArguments, model: PreTrainedModel) -> None:
+    """Raises CommandError for label smoothing by the trainer where the model has its own."""
+    smoothing = args.label_smoothing_factor
+    if smoothing > 0 and hasattr(model.config, "label_smoothing"):
+        raise CommandError(
+            f"--label_smoothing_factor {smoothing} drops what else is in the model's loss; write "
+            f"--model.label_smoothing {smoothing} instead."
+        )
 
 
 def apply_schedule(options: PairOptions, args: PairArguments, hidden_size: int, given: dict[str, Any]) -> None:
