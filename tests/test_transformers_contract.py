@@ -47,8 +47,9 @@ IMPORTED = {
     "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS", "slice_logits_to_keep"},
     "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"},
     "transformers.trainer_callback": {"ProgressCallback"},
+    "transformers.trainer_pt_utils": {"get_length_grouped_indices"},
     "transformers.trainer_utils": {"EvalLoopOutput", "TrainOutput"},
-    "transformers.utils": {"can_return_tuple", "logging"},
+    "transformers.utils": {"ModelOutput", "can_return_tuple", "logging"},
     "transformers.utils.logging": {"disable_progress_bar"},
 }
 # Private members of a library's class that a class of ours replaces.
@@ -72,7 +73,7 @@ OVERRIDDEN = {
     },
     "transformers.tokenization_python.PythonBackend": {"_convert_id_to_token", "_convert_token_to_id", "_tokenize"},
     "transformers.tokenization_utils_base.PreTrainedTokenizerBase": {"_decode"},
-    "transformers.trainer.Trainer": {"_get_train_sampler", "_load_rng_state", "_save_rng_state"},
+    "transformers.trainer.Trainer": {"_get_train_sampler", "_load_rng_state", "_save_checkpoint", "_save_rng_state"},
 }
 # Private members that we read or call without defining them, and an owner that has them.
 USED = {
@@ -84,11 +85,13 @@ USED = {
     "_base": "torch.Tensor",
     "_current_graph_task_id": "torch._C",
     "_execution_engine": "torch.autograd.Variable",
+    "_gen_kwargs": "transformers.Seq2SeqTrainer",
     "_get_formatter": "argparse.ArgumentParser",
     "_get_resized_embeddings": "transformers.modeling_utils.PreTrainedModel",
     "_get_resized_lm_head": "transformers.modeling_utils.PreTrainedModel",
     "_indices": "datasets.Dataset",
     "_model_mapping": "transformers.AutoModel",
+    "_prepare_inputs": "transformers.Trainer",
     "_replace": "collections.namedtuple",
     "_scaled_dot_product_flash_attention_for_cpu": "torch.ops.aten",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "torch.ops.aten",
