@@ -45,6 +45,14 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
     return finished.stdout
 
 
+# Words of the programs that tests below run.
+RUN = ("create_cache", "windowed_lsh", "UniversalTransformer", "# train.py", "transfo-xl-checkpoint")
+
+
+def test_every_program_is_run():
+    assert [program for program in PROGRAMS if not any(words in program for words in RUN)] == []
+
+
 @pytest.mark.parametrize("index", range(len(PROGRAMS)))
 def test_program_parses(index):
     ast.parse(PROGRAMS[index])
@@ -81,6 +89,18 @@ def test_training_program_runs_in_one_process_and_in_two(tmp_path):
     variables = dict(word.split("=") for word in words if "=" in word)
     run([word for word in words if "=" not in word], tmp_path, **variables)
     assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()
+
+
+def test_translation_program_trains_and_measures(tmp_path, monkeypatch, capsys):
+    """Shortened to two updates on a few sentences."""
+    for part in ("train", "test"):
+        for language, word in (("en", "dog"), ("de", "Hund")):
+            lines = (f"{word} {number}\n" for number in range(20))
+            (tmp_path / f"{part}.{language}").write_text("".join(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    program = program_with("PairTrainer(").replace("max_steps=2000", "max_steps=2, use_cpu=True, disable_tqdm=True")
+    exec(compile(program.replace("vocab_size=8000", "vocab_size=280"), "README.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 100
 
 
 def test_legacy_checkpoint_loads_as_shown(tmp_path, monkeypatch):
