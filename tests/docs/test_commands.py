@@ -1,6 +1,7 @@
 """Every command that README or a page shows is understood by the program that it calls: flags, paths, targets."""
 
 import re
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,10 +18,14 @@ SHOWN = [(path.relative_to(ROOT), words) for path in DOCUMENTS for words in comm
 PROGRAM = "train.py"  # what pages call a program of the reader's own
 
 
+def parser_for(name, arguments):
+    return CommandParser(import_module(f"hf_efficient.cli.{name}").COMMAND.for_arguments(arguments))
+
+
 def check_hf_efficient(words):
     name, *arguments = words
     here = ["--use_cpu"] if "--bf16" in arguments else []  # which needs an accelerator otherwise
-    CommandParser(import_module(f"hf_efficient.cli.{name}").COMMAND).read([*arguments, *here])
+    parser_for(name, arguments).read([*arguments, *here])
 
 
 def check_launched(words):
@@ -87,6 +92,19 @@ CHECKS = {
 def test_command_is_understood(path, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     CHECKS[words[0]](words[1:])
+
+
+MENTIONED = sorted(
+    {words for path in DOCUMENTS for words in re.findall(r"`hf-efficient ([a-z][^`]*)`", path.read_text("utf-8"))}
+)
+
+
+@pytest.mark.parametrize("words", MENTIONED)
+def test_flags_of_mentioned_command_exist(words):
+    """In a sentence a command may leave out what it needs; its name and its flags exist all the same."""
+    name, *arguments = shlex.split(words)
+    flags = [word.removeprefix("--").partition("=")[0] for word in arguments if word.startswith("--")]
+    assert set(flags) <= {*parser_for(name, arguments).names, "help", "help-all"}
 
 
 def test_there_are_commands_of_every_kind():

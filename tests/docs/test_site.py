@@ -87,6 +87,18 @@ def test_names_that_links_give_are_there(page):
             assert re.search(rf"^ *(?:class|def) {word}\b|^{word}\b.* =", source, re.MULTILINE), (target, name)
 
 
+def test_layers_to_wrap_are_there():
+    """The table of docs/training.md, and the blocks that models name themselves."""
+    page = (DOCS / "training.md").read_text("utf-8")
+    rows = re.search(
+        r"^\| Architecture \| `transformer_layer_cls_to_wrap` \|\n(.*?)\n\n", page, re.MULTILINE | re.DOTALL
+    )
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "hf_efficient" / "models").rglob("*.py"))
+    named = re.findall(r"`(\w+)`", rows[1])
+    assert [name for name in named if not re.search(rf"^class {name}\(", sources, re.MULTILINE)] == []
+    assert len(rows[1].splitlines()) - 1 == len(site_api.architectures())
+
+
 CONFIGS = [name for name in hf_efficient.__all__ if name.endswith("Config")]
 
 
