@@ -138,6 +138,15 @@ def test_reformer_card_names_its_paper_and_the_leak_of_its_layers(run_folder):
         assert " memory of " not in text.split("## Results")[1].split("##")[0]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [("evolved_transformer", "An Evolved Transformer language model"), ("act_rnn", "A recurrent language model")],
+)
+def test_first_sentence(run_folder, architecture, words):
+    write_report(run_folder, REPORT | {"architecture": architecture})
+    assert f"\n{words} (" in write_model_card(run_folder).read_text("utf-8")
+
+
 def test_run_without_validation(run_folder):
     write_report(run_folder, {name: value for name, value in REPORT.items() if name != "validation"})
     path = write_model_card(run_folder)
