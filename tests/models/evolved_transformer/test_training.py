@@ -276,23 +276,26 @@ def test_frozen_embeddings():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks by the old name
-@every_kind
-def test_lora_trains_and_merges(kind):
-    """Nothing but the adapters moves; merged into the weights they compute the same."""
+@pytest.mark.parametrize(("kind", "task"), [("causal", "CAUSAL_LM"), ("translation", "SEQ_2_SEQ_LM")])
+def test_lora_trains_and_merges(kind, task):
+    """Nothing but the adapters moves; merged into the weights they compute and generate the same."""
     torch.manual_seed(0)
     targets = ["q_proj", "v_proj", "pointwise", "up_proj"]
-    adapters = LoraConfig(r=2, target_modules=targets, lora_dropout=0.1, init_lora_weights=False)
+    settings = {"task_type": task, "lora_dropout": 0.1, "init_lora_weights": False}
+    adapters = LoraConfig(r=2, target_modules=targets, **settings)
     plain = training_model(kind, **DROPOUT)
     num_targets = sum(name.endswith(tuple(targets)) for name, _ in plain.named_modules())
     model = get_peft_model(plain, adapters)
     names = {name for name, _ in model.named_parameters() if "lora_" in name}
     assert len(names) == 2 * num_targets
     assert moved_by_training(model, kind) == names
-    inputs = batch(kind)
+    inputs, generation = batch(kind), {"max_new_tokens": 4, "do_sample": False}
     expected = model.eval()(**inputs)
+    generated = model.generate(input_ids=inputs["input_ids"], **generation)
     merged = model.merge_and_unload()
     assert not any("lora" in name for name, _ in merged.named_parameters())
     torch.testing.assert_close(merged(**inputs).logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(merged.generate(inputs["input_ids"], **generation), generated)
 
 
 @every_kind
