@@ -46,7 +46,7 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
 
 
 # Words of the programs that tests below run.
-RUN = ("create_cache", "windowed_lsh", "UniversalTransformer", "# train.py", "transfo-xl-checkpoint")
+RUN = ("create_cache", "windowed_lsh", "UniversalTransformer", "PairTrainer(", "# train.py", "transfo-xl-checkpoint")
 
 
 def test_every_program_is_run():
