@@ -41,5 +41,12 @@ class EvolvedTransformerGenerationMixin(GenerationMixin):
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """What `generate_batch` begins with: refused, since its rows hold several texts one behind the other."""
+        raise ValueError(
+            "generate_batch packs several texts into a row, and the convolutions would look across their borders; "
+            "pad them on the left and call generate."
+        )
+
 
 __all__ = ["EvolvedTransformerGenerationMixin"]

@@ -265,6 +265,12 @@ def test_other_caches_are_refused_before_work_starts(make):
     assert not calls
 
 
+def test_packed_texts_are_refused():
+    model = build()
+    with pytest.raises(ValueError, match="generate_batch packs several texts.*pad them on the left and call generate"):
+        model.generate_batch([[1, 2, 3], [4, 5]], generation_config=GenerationConfig(max_new_tokens=2, pad_token_id=0))
+
+
 def test_an_empty_cache_may_be_passed():
     model, pair, prompt = build(), pair_model(), random_ids(2, 3)
     expected = greedy(model, prompt, 5)
