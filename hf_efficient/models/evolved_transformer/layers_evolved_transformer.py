@@ -174,26 +174,39 @@ class GatedLinearUnit(nn.Module):
         return self.value_proj(rows) * self.gate_proj(rows).sigmoid()
 
 
-class TokenConvolution(nn.Conv1d):
-    """A convolution over as many tokens on both sides, on rows in their usual layout."""
+class RowConvolution(nn.Module):
+    """The weights of a convolution over the tokens, for rows in their usual layout; the model initialises them.
+
+    No `nn.Conv1d`, which tools take for one over (B, C, L).
+    """
+
+    def __init__(self, weight_shape: tuple[int, int, int], padding: int, has_bias: bool):
+        super().__init__()
+        self.padding = padding
+        self.weight = nn.Parameter(torch.zeros(weight_shape))
+        self.bias = nn.Parameter(torch.zeros(weight_shape[0])) if has_bias else None
+
+
+class TokenConvolution(RowConvolution):
+    """A convolution over as many tokens on both sides."""
 
     def __init__(self, in_channels: int, out_channels: int, width: int):
-        super().__init__(in_channels, out_channels, width, padding=width // 2)
+        super().__init__((out_channels, in_channels, width), padding=width // 2, has_bias=True)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, L, in_channels) to (B, L, out_channels)."""
-        return full_convolution(rows, self.weight, self.bias, self.padding[0])
+        return full_convolution(rows, self.weight, self.bias, self.padding)
 
 
-class DepthwiseConvolution(nn.Conv1d):
-    """A convolution over the tokens, each channel for itself, on rows in their usual layout."""
+class DepthwiseConvolution(RowConvolution):
+    """A convolution over the tokens, each channel for itself."""
 
     def __init__(self, channels: int, width: int, padding: int):
-        super().__init__(channels, channels, width, groups=channels, padding=padding, bias=False)
+        super().__init__((channels, 1, width), padding, has_bias=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, L, channels) to (B, L + 2 * padding - width + 1, channels)."""
-        return depthwise_convolution(rows, self.weight, self.padding[0])
+        return depthwise_convolution(rows, self.weight, self.padding)
 
 
 class SeparableConvolution(nn.Module):
@@ -432,6 +445,7 @@ __all__ = [
     "EvolvedTransformerAttention",
     "EvolvedTransformerDecoderBlock",
     "EvolvedTransformerEncoderBlock",
+    "RowConvolution",
     "bidirectional_mask",
     "eager_attention_forward",
 ]

@@ -38,6 +38,7 @@ from .layers_evolved_transformer import (
     EncoderBlockOutput,
     EvolvedTransformerDecoderBlock,
     EvolvedTransformerEncoderBlock,
+    RowConvolution,
     bidirectional_mask,
 )
 
@@ -308,7 +309,7 @@ class EvolvedTransformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As tensor2tensor: kernels Xavier uniform, table N(0, 1 / D), LayerNorm 1, biases 0."""
-        if isinstance(module, (nn.Linear, nn.Conv1d)):
+        if isinstance(module, (nn.Linear, RowConvolution)):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
