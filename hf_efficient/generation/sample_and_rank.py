@@ -20,6 +20,7 @@ DEFAULT_TEMPERATURE = 0.88
 SETTLED = {
     "do_sample": "samples are always drawn; for the likeliest text call model.generate",
     "generation_config": "give its settings as keywords",
+    "max_length": "give max_new_tokens, which leaves the prompt out",
     "num_beams": "samples are drawn one by one; for beams call model.generate",
     "num_return_sequences": "its name here is num_samples",
     "output_logits": "the scores are in the output already",
@@ -118,6 +119,7 @@ def _draw(
     output = model.generate(
         input_ids,
         do_sample=True,
+        max_length=None,  # a model may have been saved with one
         num_beams=1,
         num_return_sequences=number,
         output_logits=True,

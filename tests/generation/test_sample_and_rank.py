@@ -1,6 +1,7 @@
 """Scores against a float64 pass of each sample alone, the order, and what is refused."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -207,6 +208,15 @@ def test_text_that_ends_at_once_comes_last(causal):
     assert every.scores.isneginf().all()
 
 
+def test_longest_length_saved_with_the_model_does_not_count(causal, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = copy.deepcopy(causal)
+    model.generation_config.max_length = 5
+    output = sample_and_rank(model, torch.tensor([[5, 8]]), num_samples=2, max_new_tokens=9, min_new_tokens=9)
+    assert output.sequences.shape[1] == 11
+    assert caplog.text == ""  # no warning either
+
+
 def test_several_tokens_may_end_a_text(causal):
     set_seed(0)
     output = sample_and_rank(causal, torch.tensor([[5, 8]]), num_samples=20, max_new_tokens=6, eos_token_id=[EOS, 4])
@@ -223,6 +233,7 @@ def test_several_tokens_may_end_a_text(causal):
         ({"num_beams": 4}, "num_beams=4 cannot be set: .* call model.generate"),
         ({"num_return_sequences": 3}, "num_return_sequences=3 cannot be set: its name here is num_samples"),
         ({"do_sample": False}, "do_sample=False cannot be set"),
+        ({"max_length": 9}, "max_length=9 cannot be set: give max_new_tokens"),
         ({"stop_strings": ["."]}, "stop_strings=.* cannot be set: .* give eos_token_id"),
     ],
 )
