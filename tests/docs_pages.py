@@ -1,5 +1,6 @@
 """The documents that a reader may copy from, and the code in them."""
 
+import json
 import re
 import shlex
 import shutil
@@ -29,6 +30,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 
 TEXTS = ("my.txt", "other.txt", "held_out.txt")
+PAIRS = {"train": 100, "val": 4, "test": 4}
 
 
 def prepare(folder: Path) -> None:
@@ -36,6 +38,13 @@ def prepare(folder: Path) -> None:
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     for name in TEXTS:
         (folder / name).write_text(text, "utf-8")
+    words = re.findall(r"[a-z]+", text)
+    sentences = [" ".join(words[start : start + 5]) for start in range(0, 500, 5)]
+    for part, number in PAIRS.items():
+        (folder / f"{part}.en").write_text("\n".join(sentences[:number]), "utf-8")
+        (folder / f"{part}.de").write_text("\n".join(sentence[::-1] for sentence in sentences[:number]), "utf-8")
+    talks = [json.dumps({"turns": sentences[start : start + 4]}) for start in range(97)]
+    (folder / "talks.jsonl").write_text("\n".join(talks), "utf-8")
     (folder / "examples").symlink_to(ROOT / "examples")
     checkpoint = folder / "LM-TFM-wt103" / "model.pt"
     checkpoint.parent.mkdir()

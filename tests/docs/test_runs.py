@@ -1,5 +1,7 @@
 """The commands of README and of the first pages do what they say: run one after the other, with little work each."""
 
+import io
+
 import pytest
 from docs_pages import ROOT, cheap, commands, prepare
 
@@ -11,9 +13,13 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quick_start.md", "docs/sharing.md"])
+PAGES = ["README.md", "docs/quick_start.md", "docs/sharing.md", "docs/architectures/evolved_transformer.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page, tmp_path, monkeypatch, capsys, trained_model):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\n"))
     prepare(tmp_path)
     shown = [words[1:] for words in commands(ROOT / page) if words[0] == "hf-efficient"]
     assert shown
