@@ -1,5 +1,6 @@
 """Feeding a text piece by piece with a cache gives what one pass gives; and at what cost."""
 
+import random
 from contextlib import contextmanager
 from unittest import mock
 
@@ -141,6 +142,32 @@ def test_selecting_rows_between_calls():
     torch.testing.assert_close(logits, expected[:, 13:], **EXACT)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_any_course_of_events(seed):
+    """Tokens fed and taken back, rows chosen and repeated, in random order."""
+    choose = random.Random(seed)
+    model, ids = small_model(), random_ids(2, 0)
+    cache = EvolvedTransformerCache(model.config)
+    cache.activate_past_recording()
+    for turn in range(14):
+        new = random_ids(ids.shape[0], choose.choice([1, 1, 2, 7, 12]), seed=turn)
+        ids = torch.cat([ids, new], dim=1)
+        expected = model(ids, use_cache=False).logits[:, -new.shape[1] :]
+        torch.testing.assert_close(model(new, past_key_values=cache).logits, expected, **EXACT)
+        event = choose.choice(["crop", "select", "repeat", "nothing"])
+        if event == "crop":
+            count = choose.randint(0, min(ids.shape[1], 20))
+            cache.crop(-count)
+            ids = ids[:, : ids.shape[1] - count]
+        elif event == "select":
+            rows = torch.tensor(choose.choices(range(ids.shape[0]), k=choose.randint(1, 3)))
+            choose.choice([cache.batch_select_indices, cache.reorder_cache])(rows)
+            ids = ids[rows]
+        elif event == "repeat" and ids.shape[0] < 4:
+            cache.batch_repeat_interleave(2)
+            ids = ids.repeat_interleave(2, dim=0)
+
+
 def test_gradients_flow_through_a_call_with_a_cache():
     """Those of the new tokens: the earlier ones are constants."""
     with torch.enable_grad():
@@ -243,6 +270,14 @@ def test_rows_of_a_pair_are_selected_with_what_they_attend_to():
     whole = torch.cat([targets[chosen], more], dim=1)
     expected = model(ids[chosen], decoder_input_ids=whole, use_cache=False).logits
     torch.testing.assert_close(logits, expected[:, 12:], **EXACT)
+
+
+def test_a_cache_that_was_reset_serves_another_source():
+    model, ids, targets = pair_model(), random_ids(3, 6, seed=3), random_ids(3, 12)
+    cache = model(random_ids(2, 9), decoder_input_ids=random_ids(2, 4), use_cache=True).past_key_values
+    cache.reset()
+    logits = model(ids, decoder_input_ids=targets, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids, decoder_input_ids=targets, use_cache=False).logits, **EXACT)
 
 
 def test_left_padded_targets_behind_an_encoder():
