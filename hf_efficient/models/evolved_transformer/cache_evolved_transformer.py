@@ -277,14 +277,15 @@ def select_rows(states: Tensor, indices: Tensor) -> Tensor:
 
 
 def select_beams(states: Tensor, beam_idx: Tensor) -> Tensor:
-    """Rows `beam_idx`, int64 from 0, of `states`: three times as quick as `select_rows` on a CPU."""
+    """Rows `beam_idx`, whole numbers from 0, of `states`: three times as quick as `select_rows` on a CPU."""
     return states.index_select(0, beam_idx.to(states.device))
 
 
 class EvolvedTransformerCache(DynamicCache):
     """Cache of a decoder, updated in place by the model and returned as `past_key_values`.
 
-    Text may be fed in pieces of any length. It takes the batch size of its first use.
+    Text may be fed in pieces of any length. It takes the batch size of its first use. Of each row a block keeps 4 D
+    floats per token, and 22 D for its convolutions however long the text is.
 
     Architecture: So et al. 2019, arXiv 1901.11117.
 
