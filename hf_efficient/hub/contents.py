@@ -8,27 +8,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from .card_checks import CARD, card_hints, read_card, shown_pictures
-from .remote_code import architecture_code, code_files, tokenizer_code
+from .ignore_rules import Rule, card_rules, ignore_rules
+from .remote_code import architecture_classes, code_files, reference_to, tokenizer_class
+from .weight_files import is_training_state, refuse_pickle, weight_files
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Everything a model repository is made of, beside weights, card, pictures and code.
 PARTS = (
     *(CONFIG, "generation_config.json", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
     *(TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
-TRAINING_STATE = (
-    *("training_args.bin", "trainer_state.json", "run_settings.json", "report.json", "recipe.yaml"),
-    *("optimizer.*", "scheduler.*", "scaler.*", "rng_state*"),
-)
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
-# What is more than itself in a pattern of git's.
-GLOB = re.compile(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])")
-IGNORE_FILES = (".gitignore", ".hubignore")
 SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}\b"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"),
@@ -75,33 +66,6 @@ class Contents:
     def add(self, name: str, content: Path | bytes, note: str = "") -> None:
         """Take a file; a later one of the same name takes its place."""
         self.files[name] = Upload(name, content, note)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of an ignore file. origin: where it stands, for people. keeps: it began with `!`."""
-
-    pattern: str
-    origin: str
-    keeps: bool
-
-    def matches(self, name: str) -> bool:
-        """Whether it speaks of the file `name`, or of a folder that the file lies in."""
-        parts = name.split("/")
-        paths = ["/".join(parts[: count + 1]) for count in range(len(parts))]
-        if self.pattern.endswith("/"):
-            paths = paths[:-1]
-        pattern = self.pattern.rstrip("/")
-        anywhere = "" if "/" in pattern else "(?:.*/)?"
-        wanted = re.compile(anywhere + "".join(map(as_expression, GLOB.split(pattern.lstrip("/")))))
-        return any(wanted.fullmatch(path) for path in paths)
-
-
-def as_expression(part: str) -> str:
-    """A regular expression for a part of a pattern of git's."""
-    if part.startswith("[") and part.endswith("]"):
-        return part.replace("[!", "[^", 1)
-    return {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part))
 
 
 def collect_contents(folder: Path, with_code: bool) -> Contents:
@@ -151,65 +115,6 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files that `from_pretrained` reads the weights from, each found to be whole.
-
-    Raises FileNotFoundError if there are none or a shard is missing, ValueError if they are pickled or broken.
-    """
-    if (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    elif (folder / WEIGHTS_INDEX).is_file():
-        names = [WEIGHTS_INDEX, *read_index(folder / WEIGHTS_INDEX)]
-    else:
-        refuse_pickles(sorted(path.name for path in folder.iterdir()), folder)
-        raise FileNotFoundError(
-            f"folder={str(folder)!r} holds no {WEIGHTS}; save the model with save_pretrained({str(folder)!r})."
-        )
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / WEIGHTS_INDEX} names {name!r}, which is missing; save the model again."
-            )
-        if name != WEIGHTS_INDEX:
-            check_safetensors(folder / name)
-    return names
-
-
-def read_index(path: Path) -> list[str]:
-    """The shards that an index names. Raises ValueError if it is damaged or leads out of its folder."""
-    try:
-        shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no index of weights ({error}); save the model again.") from error
-    for shard in shards:
-        if not shard.endswith(".safetensors") or Path(shard).name != shard:
-            raise ValueError(f"{path} names {shard!r}, which is no safetensors file beside it; save the model again.")
-    return shards
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises ValueError if a file is no safetensors file, or its end is missing."""
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); save or copy it again.") from error
-    if not names:
-        raise ValueError(f"{path} holds no weights; save the model again.")
-
-
-def refuse_pickles(names: list[str], folder: Path) -> None:
-    """Raises ValueError if one of the files is a pickle, which runs code on the machine of whoever loads it."""
-    for name in names:
-        is_state = any(fnmatchcase(name, pattern) for pattern in TRAINING_STATE)
-        if not is_state and any(fnmatchcase(name, pattern) for pattern in PICKLES):
-            raise ValueError(
-                f"folder={str(folder)!r} holds {name!r}, a pickle, which can run code where it is loaded; save the "
-                f"model again with save_pretrained, which writes {WEIGHTS}, and remove {name!r} or name it in "
-                ".hubignore."
-            )
-
-
 def reason_to_stay(path: Path, name: str, rules: list[Rule], with_code: bool) -> str | None:
     """Why a file may not go whatever it is, None if it may."""
     if any(part.startswith(".") for part in name.split("/")):
@@ -219,33 +124,12 @@ def reason_to_stay(path: Path, name: str, rules: list[Rule], with_code: bool) ->
         return f"excluded by {last.origin}"
     if path.is_dir():
         return "checkpoint of the training" if name.startswith("checkpoint-") else "folder"
-    if any(fnmatchcase(name, pattern) for pattern in TRAINING_STATE):
+    if is_training_state(name):
         return "record of the training"
-    refuse_pickles([name], path.parent)
+    refuse_pickle(path)
     if path.suffix == ".py":
         return "hf_efficient's own code goes instead" if with_code else "code"
     return None
-
-
-def ignore_rules(folder: Path) -> list[Rule]:
-    """The rules of `.gitignore` and `.hubignore`, as git reads them, in the order in which the last one wins."""
-    rules = []
-    for name in IGNORE_FILES:
-        path = folder / name
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and not line.startswith("#"):
-                keeps = line.startswith("!")
-                rules.append(Rule(line.strip().removeprefix("!"), f"{name}, line {number}", keeps))
-    return rules
-
-
-def card_rules(exclude: Any, folder: Path) -> list[Rule]:
-    """The rules of the card's metadata, a list of patterns under `exclude`."""
-    patterns = [exclude] if isinstance(exclude, str) else exclude or []
-    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"{folder / CARD} has exclude: {exclude!r} in its metadata; write a list of patterns.")
-    return [Rule(pattern.removeprefix("!"), "the card", pattern.startswith("!")) for pattern in patterns]
 
 
 def check_parts(contents: Contents, needed: list[str], folder: Path) -> None:
@@ -261,21 +145,17 @@ def check_parts(contents: Contents, needed: list[str], folder: Path) -> None:
 def adapt_configurations(contents: Contents, with_code: bool) -> None:
     """Let the configurations say where the code is: in the repository, or nowhere; and add the code itself."""
     config = read_json(contents.files[CONFIG])
-    tokenizer = read_json(contents.files[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in contents.files else {}
-    references: list[str] = []
-    if with_code:
-        auto_map = architecture_code(config.get("model_type"))
-        write_auto_map(contents, CONFIG, config, auto_map)
-        references += auto_map.values()
-    else:
-        write_auto_map(contents, CONFIG, config, None)
-    reference = tokenizer_code(tokenizer.get("tokenizer_class")) if with_code else None
-    if reference is not None:
-        references.append(reference)
-        write_auto_map(contents, TOKENIZER_CONFIG, tokenizer, {"AutoTokenizer": [reference, None]})
-    else:
-        write_auto_map(contents, TOKENIZER_CONFIG, tokenizer, None)
-    for name, source in code_files(references).items():
+    classes = architecture_classes(config.get("model_type")) if with_code else {}
+    write_auto_map(contents, CONFIG, config, {name: reference_to(cls) for name, cls in classes.items()})
+    shipped = set(classes.values())
+    if TOKENIZER_CONFIG in contents.files:
+        tokenizer = read_json(contents.files[TOKENIZER_CONFIG])
+        own = tokenizer_class(tokenizer.get("tokenizer_class")) if with_code else None
+        write_auto_map(
+            contents, TOKENIZER_CONFIG, tokenizer, {"AutoTokenizer": [reference_to(own), None]} if own else {}
+        )
+        shipped |= {own} - {None}
+    for name, source in code_files(shipped).items():
         contents.add(name, source, "code of the architecture")
 
 
@@ -290,9 +170,9 @@ def read_json(upload: Upload) -> dict[str, Any]:
     return content
 
 
-def write_auto_map(contents: Contents, name: str, config: dict[str, Any], auto_map: dict[str, Any] | None) -> None:
-    """Put `auto_map` into a configuration, or take the one it has out; a file that needs no change stays as it is."""
-    if config.get("auto_map") == auto_map:
+def write_auto_map(contents: Contents, name: str, config: dict[str, Any], auto_map: dict[str, Any]) -> None:
+    """Put `auto_map` in the place of the one that a configuration has; {} takes it out."""
+    if config.get("auto_map", {}) == auto_map:
         return
     changed = {key: value for key, value in config.items() if key != "auto_map"}
     changed |= {"auto_map": auto_map} if auto_map else {}

@@ -32,11 +32,10 @@ def public_classes(module: ModuleType, base: type) -> list[type]:
     return [value for value in values if isinstance(value, type) and issubclass(value, base) and value is not base]
 
 
-def architecture_code(model_type: str | None) -> dict[str, str]:
-    """The `auto_map` of an architecture: for every Auto class that knows it, where its class is defined.
+def architecture_classes(model_type: str | None) -> dict[str, type]:
+    """For every Auto class that knows an architecture, the class that it gives: what `auto_map` has to name.
 
     model_type: as in config.json, for example "transfo-xl".
-    Returns for example {"AutoConfig": "configuration_transformer_xl.TransformerXLConfig", ...}.
     Raises ValueError if the type is not one of this package's, or is left to transformers' own class.
     """
     types = {}
@@ -47,12 +46,11 @@ def architecture_code(model_type: str | None) -> dict[str, str]:
             f"with_code=True needs an architecture of hf_efficient, but config.json has model_type={model_type!r}; "
             f"known are {', '.join(sorted(types))}. Publish without code."
         )
-    config_class = types[model_type]
-    found = {"AutoConfig": reference_to(config_class)}
+    found = {"AutoConfig": types[model_type]}
     for name in sorted(name for name in dir(transformers) if name.startswith("AutoModel")):
-        model_class = getattr(transformers, name)._model_mapping.get(config_class, None)
+        model_class = getattr(transformers, name)._model_mapping.get(types[model_type], None)
         if isinstance(model_class, type) and model_class.__module__.startswith(MODELS):
-            found[name] = reference_to(model_class)
+            found[name] = model_class
     if len(found) == 1:
         raise ValueError(
             f"with_code=True finds no Auto class with our model_type={model_type!r}; unset "
@@ -61,12 +59,12 @@ def architecture_code(model_type: str | None) -> dict[str, str]:
     return found
 
 
-def tokenizer_code(class_name: str | None) -> str | None:
-    """Where a tokenizer's class is defined, if it is one of this package's; others load without code of ours."""
+def tokenizer_class(name: str | None) -> type | None:
+    """The tokenizer's class of that name, if it is one of this package's; others load without code of ours."""
     for module in architectures():
-        for tokenizer_class in public_classes(module, PreTrainedTokenizerBase):
-            if class_name in (tokenizer_class.__name__, f"{tokenizer_class.__name__}Fast"):
-                return reference_to(tokenizer_class)
+        for found in public_classes(module, PreTrainedTokenizerBase):
+            if name in (found.__name__, f"{found.__name__}Fast"):
+                return found
     return None
 
 
@@ -75,16 +73,12 @@ def reference_to(cls: type) -> str:
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
-def code_files(references: Iterable[str]) -> dict[str, bytes]:
-    """Name and content of every file that the classes named in an `auto_map` need, each with its licence on top."""
-    sources = {Path(source).name: Path(source) for module in references for source in needed_files(module)}
-    note = f"# Part of hf_efficient {version('hf_efficient')}. SPDX-License-Identifier: Apache-2.0\n"
-    return {name: note.encode() + source.read_bytes() for name, source in sorted(sources.items())}
+def code_files(classes: Iterable[type]) -> dict[str, bytes]:
+    """Name and content of every file that classes are defined in, and of all that these import from their folder.
 
-
-def needed_files(reference: str) -> list[str]:
-    """The file that a reference names, and all that it imports from its folder."""
-    file_name = f"{reference.partition('.')[0]}.py"
-    folders = [Path(getfile(module)).parent for module in architectures()]
-    (source,) = (folder / file_name for folder in folders if (folder / file_name).is_file())
-    return [str(source), *get_relative_import_files(source)]
+    Each says on top where it comes from, and its licence.
+    """
+    modules = {getfile(cls) for cls in classes}
+    sources = modules | {source for module in modules for source in get_relative_import_files(module)}
+    note = f"# Part of hf_efficient {version('hf_efficient')}. SPDX-License-Identifier: Apache-2.0\n".encode()
+    return {Path(source).name: note + Path(source).read_bytes() for source in sorted(sources)}

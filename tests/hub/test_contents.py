@@ -8,9 +8,9 @@ import pytest
 from hub.published_models import QUICK_ROWS, save_published
 
 from hf_efficient.hub import collect_contents
-from hf_efficient.hub.contents import IGNORE_FILES, ignore_rules
+from hf_efficient.hub.ignore_rules import IGNORE_FILES, ignore_rules
 from hf_efficient.hub.model_card import PAPERS
-from hf_efficient.hub.remote_code import architecture_code
+from hf_efficient.hub.remote_code import architecture_classes
 from hf_efficient.models.reformer import MODELS, ReformerConfig
 from hf_efficient.models.transformer_xl import TransformerXLTokenizer
 
@@ -107,7 +107,7 @@ def test_rules_are_read_as_git_reads_them(tmp_path):
     paths = [
         *("a.png", "keep.png", "sub/a.png", "sub/keep.png", "top.txt", "sub/top.txt", "deep/a.json", "deep/b/a.json"),
         *("folder/a", "sub/folder/a", "folder", "abc", "ac", "x.bin", "z.bin", "trailing", "name", "sub/name"),
-        *("un/of.it", "un/a/b/of.it", "every/a/b", "score", "bcore"),
+        *("un/of.it", "un/a/b/of.it", "every/a/b", "score", "bcore", "#a", "b*", "bc"),
         *("name/inner", "some.log", "important.log", "folder2/file", "sub/folder2/file", "# comment"),
     ]
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
@@ -124,6 +124,12 @@ def test_rules_are_read_as_git_reads_them(tmp_path):
     assert [path for path in paths if ignored(path) and path != "name/inner"] == [
         path for path in asked.stdout.splitlines() if path != "name/inner"
     ]
+
+
+def test_pattern_that_is_none(folder):
+    (folder / ".hubignore").write_text("[z-a].png\n")
+    with pytest.raises(ValueError, match=r"\.hubignore, line 1 has the pattern .*mend it"):
+        collect_contents(folder, with_code=False)
 
 
 @pytest.mark.parametrize("rules", IGNORE_FILES)
@@ -308,4 +314,4 @@ def test_upstream_reformer_left_in_place(monkeypatch):
     for auto_class in MODELS:
         monkeypatch.delitem(auto_class._model_mapping._extra_content, ReformerConfig)
     with pytest.raises(ValueError, match="unset HF_EFFICIENT_KEEP_UPSTREAM_REFORMER"):
-        architecture_code("reformer")
+        architecture_classes("reformer")

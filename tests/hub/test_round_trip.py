@@ -13,7 +13,7 @@ from hub.published_models import QUICK_ROWS, ROWS, model_type, save_expected, sa
 
 from hf_efficient.hub import publish
 from hf_efficient.hub.model_card import PAPERS
-from hf_efficient.hub.remote_code import architecture_code
+from hf_efficient.hub.remote_code import architecture_classes
 
 LOADER = Path(__file__).parent / "load_published.py"
 # Runs a program with the installed libraries, but without what .pth files add: this package, installed for editing.
@@ -77,7 +77,7 @@ def test_loads_without_code_where_the_package_is_installed(hub, tmp_path):
 def test_every_auto_class_has_a_row():
     for architecture in PAPERS:
         covered = {row.auto_class for row in ROWS if row.architecture == architecture}
-        assert covered == architecture_code(model_type(architecture)).keys() - {"AutoConfig"}, architecture
+        assert covered == architecture_classes(model_type(architecture)).keys() - {"AutoConfig"}, architecture
 
 
 @pytest.mark.slow
