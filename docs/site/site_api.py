@@ -73,7 +73,7 @@ def room_page(name: str, title: str) -> str:
     if name == "ops":
         rows = [f"| [`{key}`][{path}] | {summary} |" for key, path, summary in exported(module)]
         return "\n".join([intro, "| Name | What it is |", "| --- | --- |", *rows]) + "\n"
-    return intro + "\n" + "\n\n".join(f"::: {path}" for path in paths) + "\n"
+    return "\n\n".join([intro, f"All of it is imported from `{module}`.", *(f"::: {path}" for path in paths)]) + "\n"
 
 
 def architecture_page(name: str, title: str) -> str:
