@@ -420,12 +420,22 @@ class EvolvedTransformerDecoderBlock(GradientCheckpointingLayer):
     def _memory(
         attention: EvolvedTransformerAttention, slot: int, encoder_states: Tensor, cache: EncoderDecoderCache | None
     ) -> Keys:
-        """Keys and values (B, H, S, K) of the encoder's states (B, S, D): computed once for all tokens."""
+        """Keys and values (B, H, S, K) of the encoder's states (B, S, D): computed once for all tokens.
+
+        Raises:
+            ValueError: the cache was begun with a source of another length.
+        """
         if cache is None:
             return attention.project_keys(encoder_states)
         held = cache.cross_attention_cache
         if cache.is_updated.get(slot):
-            return held.layers[slot].keys, held.layers[slot].values
+            keys, values = held.layers[slot].keys, held.layers[slot].values
+            if keys.shape[2] != encoder_states.shape[1]:
+                raise ValueError(
+                    f"past_key_values holds keys of {keys.shape[2]} encoder positions, but the encoder's states have "
+                    f"{encoder_states.shape[1]}; pass a new cache for another source."
+                )
+            return keys, values
         memory = held.update(*attention.project_keys(encoder_states), slot)
         cache.is_updated[slot] = True
         return memory

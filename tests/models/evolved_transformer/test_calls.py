@@ -188,3 +188,11 @@ def test_encoder_s_output_can_be_given():
     embeds = model.get_input_embeddings()
     output = model(inputs_embeds=embeds(source), decoder_inputs_embeds=embeds(target))
     torch.testing.assert_close(output.logits, expected.logits, **EXACT)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_source_is_refused():
+    model, target = pair_model(), random_ids(2, 4, seed=3)
+    cache = model(random_ids(2, 6), decoder_input_ids=target).past_key_values
+    with pytest.raises(ValueError, match="keys of 6 encoder positions.*states have 5; pass a new cache"):
+        model(random_ids(2, 5), decoder_input_ids=target, past_key_values=cache)
