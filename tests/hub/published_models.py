@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from models.model_tools import QUIET, random_ids, word_tokenizer
+from models.model_tools import QUIET, VOCAB_SIZE, random_ids, word_tokenizer
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 import hf_efficient
+from hf_efficient import ReformerTokenizer
 from hf_efficient.hub import write_model_card
+from hf_efficient.models.transformer_xl import TransformerXLTokenizer
 
 REPORT = {
     "parameters": 1_234_567,
@@ -114,12 +117,22 @@ def model_type(architecture: str) -> str:
     return import_module(f"models.{architecture}.small_models").small_config().model_type
 
 
-def save_published(row: Row, folder: Path) -> Path:
+def own_tokenizer(architecture: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of the words w0 to w16, of the architecture's own class where it has one."""
+    words = word_tokenizer()
+    if architecture == XL:
+        return TransformerXLTokenizer(vocab=[f"w{index}" for index in range(VOCAB_SIZE)], splitting="whitespace")
+    if architecture == "reformer":
+        return ReformerTokenizer(tokenizer_object=words.backend_tokenizer, pad_token="w0")
+    return words
+
+
+def save_published(row: Row, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """Save a row's model in `folder`, which is made: model, tokenizer, card, picture and report."""
     small_models = import_module(f"models.{row.architecture}.small_models")
     model = small_models.small_model(getattr(hf_efficient, row.class_name), **row.settings)
     model.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    (tokenizer or word_tokenizer()).save_pretrained(folder)
     (folder / "loss.png").write_bytes(b"\x89PNG a curve")
     report = json.dumps(REPORT | {"architecture": row.architecture})
     (folder / "report.json").write_text(report, encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub.loopback_hub import TOKEN, USER, Fault
-from hub.published_models import QUICK_ROWS, ROWS, model_type, save_expected, save_published
+from hub.published_models import QUICK_ROWS, ROWS, model_type, own_tokenizer, save_expected, save_published
 
 from hf_efficient.hub import publish
 from hf_efficient.hub.model_card import PAPERS
@@ -26,7 +26,7 @@ def push(rows, tmp_path, with_code):
     expected = tmp_path / "expected"
     expected.mkdir()
     for row in rows:
-        saved = save_published(row, tmp_path / "saved" / row.name)
+        saved = save_published(row, tmp_path / "saved" / row.name, own_tokenizer(row.architecture))
         save_expected(row, saved, expected / f"{USER}--{row.name}--{row.auto_class}.safetensors")
         publish(saved, row.name, with_code=with_code)
     return expected
