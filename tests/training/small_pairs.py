@@ -55,8 +55,16 @@ def evolved_transformer(**settings) -> EvolvedTransformerForConditionalGeneratio
 
 
 def universal_transformer(**settings) -> UniversalTransformerForConditionalGeneration:
-    """Two steps, of which tokens take as many as they like."""
-    sizes = {"intermediate_size": 32, "max_steps": 2, "halting": "act", "dropout": 0.0, "attention_dropout": 0.0}
+    """Two steps, of which tokens take as many as they like, at no cost: that would be a mean over each process."""
+    sizes = {
+        "ponder_cost": 0.0,
+        "intermediate_size": 32,
+        "max_steps": 2,
+        "halting": "act",
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    }
     torch.manual_seed(0)
     return UniversalTransformerForConditionalGeneration(UniversalTransformerConfig(**SIZES | IDS | sizes | settings))
 
@@ -65,6 +73,8 @@ def reformer(**settings) -> ReformerForConditionalGeneration:
     """A local layer and a hashed one on each side."""
     sizes = {"attn_layers": ["local", "windowed_lsh"], "feed_forward_size": 32, "num_buckets": 2, "hash_seed": 0}
     sizes |= {"axial_pos_shape": [8, 8], "max_position_embeddings": 64, "axial_pos_embds_dim": [8, 8]}
+    sizes |= dict.fromkeys(("hidden_dropout_prob", "lsh_attention_probs_dropout_prob"), 0.0)
+    sizes |= {"local_attention_probs_dropout_prob": 0.0}
     sizes |= {"attention_head_size": 8, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8}
     torch.manual_seed(0)
     return ReformerForConditionalGeneration(ReformerConfig(**SIZES | IDS | sizes | settings))
@@ -122,9 +132,10 @@ def losses(trainer: PairTrainer) -> dict[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
+    parser.add_argument("--model", default="evolved_transformer", choices=MODELS)
     parser.add_argument("--settings", type=json.loads, default={}, help="training arguments as JSON")
     options = parser.parse_args()
-    trainer = pair_trainer(options.results / "run", evolved_transformer(), **options.settings)
+    trainer = pair_trainer(options.results / "run", MODELS[options.model](), **options.settings)
     figures = trainer.train().metrics
     report = {"losses": losses(trainer), "train_tokens": figures["train_tokens"], "evaluation": trainer.evaluate()}
     (options.results / f"rank_{trainer.args.process_index}.json").write_text(json.dumps(report))
