@@ -1,4 +1,4 @@
-"""The commands of docs/training.md start as many processes as they say, on one machine and on two (both of them this)."""
+"""The commands of docs/training.md start as many processes as they say, on one machine and on two."""
 
 import json
 import os
