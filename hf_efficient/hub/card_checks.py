@@ -77,7 +77,7 @@ def card_hints(card: ModelCard) -> tuple[str, ...]:
         hints.append("license: unknown, so nobody may use the model; choose one, such as `license: apache-2.0`")
     if "language" not in metadata:
         hints.append("no language; add the text's, such as `language: en`")
-    if not card.data.eval_results:
+    if "model-index" not in metadata:
         hints.append("no measured results; train with a validation text, or add a model-index")
     hints += [f"{path} names a person or a machine" for path in sorted(set(HOME.findall(card.content)))]
     return tuple(hints)

@@ -166,8 +166,8 @@ def adapt_usage(card: str, name: str, with_code: bool) -> str:
     `trust_remote_code=True` and no hf_efficient. A card without such a section is returned as it is.
     """
     section = USAGE.search(card)
-    model = section and LOADED_MODEL.search(section[0])
-    if not model:
+    model = LOADED_MODEL.search(section[0]) if section else None
+    if section is None or model is None:
         return card
     load = f'from_pretrained("{name}"{", trust_remote_code=True" if with_code else ""})'
     call = re.compile(rf'from_pretrained\("{re.escape(model[1])}"(?:, trust_remote_code=True)?\)')
