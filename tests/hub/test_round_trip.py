@@ -32,7 +32,7 @@ def push(rows, tmp_path, with_code):
     return expected
 
 
-def load(python, expected, mode, hub, tmp_path):
+def load(python, expected, mode, hub, tmp_path, timeout=280):
     """Run the loader in a process that knows nothing but the Hub's address; the modules it reports."""
     home = tmp_path / "home"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
@@ -43,7 +43,7 @@ def load(python, expected, mode, hub, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
@@ -81,6 +81,7 @@ def test_every_auto_class_has_a_row():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("mode", ["trust", "installed"])
 def test_every_class_in_a_clean_environment(hub, tmp_path, mode):
     """`make test-hub` names the Python of an environment that has torch and transformers alone."""
@@ -88,5 +89,5 @@ def test_every_class_in_a_clean_environment(hub, tmp_path, mode):
     if mode == "trust" and clean is None:
         pytest.skip("run by `make test-hub`, which makes the environment")
     expected = push(ROWS, tmp_path, with_code=mode == "trust")
-    modules = load([clean if mode == "trust" else sys.executable], expected, mode, hub, tmp_path)
+    modules = load([clean if mode == "trust" else sys.executable], expected, mode, hub, tmp_path, timeout=800)
     assert len(modules) == len(ROWS)
