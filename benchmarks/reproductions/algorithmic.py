@@ -1,7 +1,7 @@
 """Copy, reverse and addition: tested on up to ten times as many symbols as were trained on.
 
 Encoder-decoder models, positions of which begin at a random number in training, the same for both sides of an example
-(Dehghani et al. 2019, arXiv 1807.03819, section 3.2). Outputs are scored as tensor2tensor scores them: each symbol is
+(Dehghani et al. 2019, arXiv 1807.03819, section 3.4). Outputs are scored as tensor2tensor scores them: each symbol is
 predicted after the right ones before it. A sequence counts when all of its symbols are right, which is the same as
 greedy decoding being right. The weights tested are the last ones: nothing is selected.
 """
