@@ -30,6 +30,7 @@ from .inputs_evolved_transformer import (
     check_packed_texts,
     check_positions,
     check_tokens,
+    check_whole_mask,
     default_positions,
     wanted_reports,
 )
@@ -142,6 +143,7 @@ class EvolvedTransformerStack(nn.Module):
         check_tokens(input_ids, inputs_embeds, self.config)
         embeds = self._owner[0].embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is not None and attention_mask.ndim == 4:
+            check_whole_mask(attention_mask, embeds.shape[1], num_seen + embeds.shape[1])
             tokens = Tokens(embeds, position_ids, attention_mask, None)
         else:
             mask = check_mask(attention_mask, embeds, num_seen)
@@ -233,7 +235,7 @@ class EvolvedTransformerDecoder(EvolvedTransformerStack):
         if self.has_cross_attention:
             batch_size = tokens.embeds.shape[0]
             check_encoder_states(encoder_hidden_states, encoder_attention_mask, batch_size, self.config)
-            cross_mask = bidirectional_mask(self.config, tokens.embeds, encoder_attention_mask, encoder_hidden_states)
+            cross_mask = self._cross_mask(tokens.embeds, encoder_attention_mask, encoder_hidden_states)
         states = self._enter(tokens)
         all_states, attentions, cross_attentions = [states], [], []
         for block in self.layers:
@@ -253,6 +255,14 @@ class EvolvedTransformerDecoder(EvolvedTransformerStack):
             attentions=_weights(attentions) if "attentions" in wanted else None,
             cross_attentions=_weights(cross_attentions) if "cross_attentions" in wanted else None,
         )
+
+    def _cross_mask(self, embeds: Tensor, attention_mask: Tensor | None, encoder_states: Tensor) -> Tensor | None:
+        """The mask of attention from (B, L, D) to (B, S, D), of one (B, S) or of four dimensions."""
+        if attention_mask is not None and attention_mask.ndim == 4:
+            check_whole_mask(attention_mask, embeds.shape[1], encoder_states.shape[1])
+        else:
+            attention_mask = check_mask(attention_mask, encoder_states, num_seen=0)
+        return bidirectional_mask(self.config, embeds, attention_mask, encoder_states)
 
     def _open_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to read and add to, or None."""
@@ -375,7 +385,8 @@ class EvolvedTransformerModel(EvolvedTransformerPreTrainedModel):
             input_ids: (B, L) token ids, of the encoder if there are two stacks.
             attention_mask: 1 for tokens, 0 for pads; (B, L), or with a cache (B, S) for all tokens so far. None means
                 no pads. Pads between the tokens of a row are places of zeros to the convolutions; pads before and
-                behind them change nothing.
+                behind them change nothing. One of four dimensions, bool or to be added to scores, is the attention's
+                alone: the convolutions then take all places for tokens.
             position_ids: (B or 1, L), rising; default: a token's index among the tokens of its row.
             decoder_input_ids: (B, L) of the decoder if there are two stacks.
             decoder_attention_mask: (B, L), or with a cache (B, S): the decoder's mask.

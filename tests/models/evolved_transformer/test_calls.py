@@ -135,6 +135,11 @@ BAD_CALLS = [
     ({"inputs_embeds": torch.zeros(2, 5, 7)}, r"inputs_embeds is torch.float32 of shape \(2, 5, 7\).*length, 8\)"),
     ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 4)}, r"\(2, 4\), but must be \(2, 5\)"),
     ({"input_ids": random_ids(2, 5), "attention_mask": torch.full((2, 5), -1e9)}, "attention_mask holds -1.*give 1"),
+    (
+        {"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.int64)},
+        r"torch.int64 of shape \(2, 1, 5, 5\).*\(batch, 1, 5, 5\): bool",
+    ),
+    ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 1, 5, 4)}, r"\(2, 1, 5, 4\).*\(batch, 1, 5, 5\)"),
     ({"input_ids": random_ids(2, 5), "position_ids": torch.arange(4)[None]}, r"\(1, 4\).*\(2, 5\) or \(1, 5\)"),
     ({"input_ids": random_ids(2, 5), "position_ids": torch.arange(5)[None] - 1}, "begins at -1; give numbers from 0"),
     ({"input_ids": random_ids(2, 5), "position_ids": torch.arange(5.0)[None]}, "torch.float32.*whole numbers"),
@@ -171,6 +176,10 @@ def test_encoder_s_output_must_fit():
     states = torch.zeros(2, 5, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 9\).*\(2, 5, 8\)"):
         model(encoder_outputs=(states,), attention_mask=torch.ones(2, 9), decoder_input_ids=ids)
+    with pytest.raises(ValueError, match="attention_mask holds -1.*give 1 for tokens"):
+        model(encoder_outputs=(states,), attention_mask=torch.full((2, 5), -1e9), decoder_input_ids=ids)
+    with pytest.raises(ValueError, match=r"\(2, 1, 5, 5\).*\(batch, 1, 4, 5\)"):
+        model(encoder_outputs=(states,), attention_mask=torch.ones(2, 1, 5, 5).bool(), decoder_input_ids=ids)
     with pytest.raises(ValueError, match="length, 8"):
         model(encoder_outputs=(states[..., :3],), decoder_input_ids=ids)
 
