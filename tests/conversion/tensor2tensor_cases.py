@@ -54,8 +54,9 @@ def run_embedded(model, inputs: dict[str, Tensor], **kwargs):
     if "enc" in inputs:
         return model(
             encoder_outputs=(inputs["enc"],),
-            attention_mask=inputs["enc_mask"],
+            attention_mask=inputs.get("enc_mask"),
             decoder_inputs_embeds=inputs["x"],
+            decoder_attention_mask=inputs.get("mask"),
             **kwargs,
         )
     return model(inputs_embeds=inputs["x"], attention_mask=inputs.get("mask"), **kwargs)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 FILES = [path for path in sorted(golden_family("ut_et").glob("*.npz")) if "cfg" in np.load(path)]
 CASES = [path for path in FILES if load_case(path)[0]["kind"].startswith("et_")]
+# Blocks that normalise after the sum are refused; see tests/conversion/test_golden_et.py.
+CASES = [path for path in CASES if load_case(path)[0]["pre"] == "n"]
 STACKS = [path for path in CASES if load_case(path)[0]["kind"] in ("et_encoder", "et_decoder")]
 WHOLE = [path for path in CASES if path not in STACKS]
 
