@@ -92,6 +92,8 @@ class EvaluateOptions(TextOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CommandError(f"--{name} {value} must be at least 1.")
+        if self.length_penalty != 1.0 and self.num_beams == 1:
+            raise CommandError(f"--length_penalty {self.length_penalty} chooses among beams; give --num_beams too.")
         if self.no_memory and self.mem_len:
             raise CommandError(f"--mem_len {self.mem_len} and --no_memory contradict each other; leave one out.")
 

@@ -101,6 +101,8 @@ def run(invocation: Invocation) -> None:
         if options.interactive:
             chat(model, tokenizer, options, depth)
             return
+        if model.config.is_encoder_decoder:
+            check_answer(options)
         for number in range(options.num_texts):
             if options.num_texts > 1:
                 print(f"--- {number + 1} ---")
@@ -117,6 +119,16 @@ def check_talk(options: GenerateOptions, given: dict[str, Any]) -> None:
             raise CommandError(f"--{name} {given[name]} is for a talk; add --interactive, or leave it out.")
     if options.interactive and options.num_beams > 1:
         raise CommandError(f"--num_beams {options.num_beams} is not for --interactive, which draws; leave it out.")
+
+
+def check_answer(options: GenerateOptions) -> None:
+    """Raises CommandError for flags that contradict each other where a prompt is answered."""
+    sampling = options.sampling()
+    if options.greedy and sampling:
+        name, value = next(iter(sampling.items()))
+        raise CommandError(f"--{name} {value} and --greedy contradict each other; leave one out.")
+    if options.num_texts > 1 and not sampling:
+        raise CommandError(f"--num_texts {options.num_texts} would all be the likeliest answer; add --temperature 1.")
 
 
 def write_text(
@@ -156,9 +168,6 @@ def write_answer(
     input_ids = torch.tensor(encode_sources([options.prompt], tokenizer), device=model.device)
     check_prompt(options, input_ids[:, :-1])
     sampling = options.sampling()
-    if options.greedy and sampling:
-        name, value = next(iter(sampling.items()))
-        raise CommandError(f"--{name} {value} and --greedy contradict each other; leave one out.")
     settings = {"do_sample": bool(sampling), "num_beams": options.num_beams, **sampling, **depth}
     if options.max_new_tokens is not None:
         settings["max_new_tokens"] = options.max_new_tokens

@@ -44,7 +44,10 @@ class PairOptions:
     tokenizer_vocab_size: int | None = field(
         default=None, metadata={"help": "Size of the vocabulary to make; 16384 by default"}
     )
-    lowercase: bool = field(default=False, metadata={"help": "Make a tokenizer that lower-cases the text"})
+    lowercase: bool = field(
+        default=False,
+        metadata={"help": "Make a tokenizer that lower-cases the text; BLEU while training then ignores case"},
+    )
     architecture: str = field(
         default="evolved_transformer", metadata={"help": "Kind of the model", "choices": PAIR_ARCHITECTURES}
     )

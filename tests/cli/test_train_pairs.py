@@ -242,6 +242,8 @@ MISTAKES = [
     (["evaluate", "run", *TEXT, "--translations", "source.txt"], ["--translations", "source.txt", "new file"]),
     (["evaluate", "run", *TEXT, "--num_beams", "0"], ["--num_beams", "0", "at least 1"]),
     (["generate", "run", "The dog", "--greedy", "--top_k", "3"], ["--top_k", "3", "--greedy"]),
+    (["evaluate", "run", *TEXT, "--length_penalty", "0.6"], ["--length_penalty", "0.6", "--num_beams"]),
+    (["generate", "run", "The dog", "--num_texts", "2"], ["--num_texts", "2", "--temperature"]),
     (["generate", "run", "The dog", "--max_turns", "3"], ["--max_turns", "3", "--interactive"]),
 ]
 
