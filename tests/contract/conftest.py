@@ -1,0 +1,69 @@
+"""Keeps what the contract's tests found: printed at the end, and written where $HF_EFFICIENT_CONTRACT says."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from contract.rows import ROWS, VARIANTS
+from contract.table import TITLES
+
+# check -> row -> "" if it passed, the reason if it refused as it should, "fails" otherwise
+found: dict[str, dict[str, str]] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """One cell; under xdist this runs in the controller, with what the workers report."""
+    cell = dict(report.user_properties).get("contract")
+    if cell is not None and report.when == "call":
+        check, row, reason = cell
+        found.setdefault(check, {})[row] = reason if report.passed else "fails"
+
+
+def version() -> str:
+    """What the results belong to."""
+    return transformers.__version__
+
+
+def summary_lines() -> list[str]:
+    """A line for each check: in how many models it passed, was refused, failed."""
+    lines = []
+    for name in filter(found.__contains__, TITLES):
+        reasons = list(found[name].values())
+        failed = reasons.count("fails")
+        refused = sum(reason not in ("", "fails") for reason in reasons)
+        lines.append(f"{TITLES[name]:45}{reasons.count(''):4} pass{refused:4} refuse{failed:4} fail")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table."""
+    if found:
+        terminalreporter.section(f"contract, transformers {version()}")
+        for line in summary_lines():
+            terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Add what was found to the file; what it holds of other versions, checks and rows of the table stays."""
+    target = os.environ.get("HF_EFFICIENT_CONTRACT")
+    if not target or not found or hasattr(session.config, "workerinput"):
+        return
+    path = Path(target)
+    results = json.loads(path.read_text("utf-8"))["results"] if path.exists() else {}
+    earlier = results.get(version(), {"cells": {}})["cells"]
+    names = {row.name for row in ROWS}
+    cells = {
+        check: {row: cell for row, cell in (earlier.get(check, {}) | found.get(check, {})).items() if row in names}
+        for check in TITLES
+    }
+    results[version()] = {"torch": torch.__version__.partition("+")[0], "cells": cells}
+    table = {
+        "checks": TITLES,
+        "variants": {name: variant.title for name, variant in VARIANTS.items()},
+        "rows": {row.name: [row.variant_name, row.class_name] for row in ROWS},
+        "results": results,
+    }
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
