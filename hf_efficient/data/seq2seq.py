@@ -4,7 +4,7 @@ A source may also be a list of texts, the turns of a conversation for example; e
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from datasets import Dataset, Features, List, Value
@@ -114,9 +114,14 @@ def _as_list(texts: Texts) -> list[str]:
 # --- from pairs to tokens --------------------------------------------------------------------------------------------
 
 
-def encode_sources(sources: list[Texts], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each source as a model reads it: every text of it with its eos token, one after the other."""
+def encode_sources(sources: Sequence[Texts], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of each source as a model reads it: every text of it with its eos token, one after the other.
+
+    Raises ValueError for a source that is an empty list.
+    """
     parts = [_as_list(source) for source in sources]
+    if not all(parts):
+        raise ValueError("a source is an empty list, which leaves a model nothing to read; give at least one text.")
     encoded = iter(_encode([text for texts in parts for text in texts], tokenizer))
     return [[token for _ in texts for token in next(encoded)] for texts in parts]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Value
 
@@ -20,7 +21,7 @@ from .text_files import open_text
 logger = logging.getLogger(__name__)
 
 # Part of the key under which tables are cached: raise it when the same files would give other pairs.
-READER_VERSION = 1
+READER_VERSION = 2
 
 PAIR_FEATURES = Features({"source": Value("string"), "target": Value("string")})
 
@@ -109,7 +110,9 @@ def _lines(file: str) -> Iterator[str]:
     """
     try:
         with open_text(Path(file)) as lines:
-            yield from (line.rstrip("\r\n") for line in lines)
+            for number, line in enumerate(lines):
+                # A mark of the byte order, which some editors put in front, is no text.
+                yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -159,10 +162,10 @@ def _parse_json(line: str, place: str) -> dict[str, str]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is no JSON ({error}); write one object a line.") from error
-    sides = [row.get(name) if isinstance(row, dict) else None for name in PAIR_FEATURES]
+    sides: list[Any] = [row.get(name) if isinstance(row, dict) else None for name in PAIR_FEATURES]
     if not all(isinstance(side, str) for side in sides):
         raise ValueError(f'{place} is no object with the texts "source" and "target".')
-    return dict(zip(PAIR_FEATURES, map(str.strip, sides), strict=True))
+    return dict(zip(PAIR_FEATURES, (side.strip() for side in sides), strict=True))
 
 
 _PARSERS = {".tsv": _parse_tsv, ".jsonl": _parse_json}

@@ -63,6 +63,15 @@ def test_pairs_of_one_file(tmp_path):
         assert read_pairs(file, cache_dir=tmp_path / "cache")[:] == {"source": ENGLISH, "target": GERMAN}
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Some editors put one in front of a file."""
+    files = [write(tmp_path / name, ["\ufeff" + line, "\ufeffkept"]) for name, line in (("en", "dog"), ("de", "Hund"))]
+    pairs = read_parallel(*files, cache_dir=tmp_path / "cache")
+    assert pairs[:] == {"source": ["dog", "\ufeffkept"], "target": ["Hund", "\ufeffkept"]}
+    objects = write(tmp_path / "pairs.jsonl", ["\ufeff" + json.dumps({"source": "dog", "target": "Hund"})])
+    assert read_pairs(objects, cache_dir=tmp_path / "cache")[:] == {"source": ["dog"], "target": ["Hund"]}
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     file = write(tmp_path / "pairs.tsv", ["a\tb"])
     assert len(read_pairs(file, cache_dir=tmp_path / "cache")) == 1
@@ -202,6 +211,8 @@ def test_what_tokenize_pairs_refuses(pairs, tokenizer):
         tokenize_pairs(pairs, plain)
     with pytest.raises(ValueError, match="max_source_length=0 must be at least 1"):
         tokenize_pairs(pairs, tokenizer, max_source_length=0)
+    with pytest.raises(ValueError, match="a source is an empty list"):
+        encode_sources([["a"], []], tokenizer)
     with pytest.raises(ValueError, match="columns 'source' and 'target', not"):
         tokenize_pairs(pairs.rename_column("source", "en"), tokenizer)
     with pytest.raises(ValueError, match="vocab_size=10 is too small"):
