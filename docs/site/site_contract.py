@@ -46,21 +46,22 @@ def contract_table() -> str:
 
 
 def cell(data: dict[str, Any], check: str, variant: str, reasons: list[str]) -> str:
-    """`yes`, the number of a reason (with the heads it is for, if not all), `fails`, or nothing if it does not apply.
+    """`yes`, the number of a reason, `fails` or `not run`, with heads if not all; nothing if the check is not for it.
 
     All versions count; a reason that is new is added to `reasons`.
     """
     found: dict[str, set[str]] = {}
-    total = set()
+    total = {row for row in data["asked"][check] if data["rows"][row][0] == variant}
     for result in data["results"].values():
         for row, outcome in result["cells"].get(check, {}).items():
             if data["rows"][row][0] == variant:
                 found.setdefault(outcome, set()).add(row)
-                total.add(row)
+    if missing := total - set().union(*found.values()):
+        found["not run"] = missing
     parts = ["yes"] if "" in found else []
     for outcome in sorted(found.keys() - {""}):
-        if outcome == "fails":
-            text = "**fails**"
+        if outcome in ("fails", "not run"):
+            text = f"**{outcome}**"
         else:
             if outcome not in reasons:
                 reasons.append(outcome)

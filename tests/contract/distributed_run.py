@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from contract.inputs import training_inputs_of
 from contract.rows import ROWS, Row
+from contract.table import is_distributed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,9 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 NUM_STEPS, BATCH = 3, 4
-# One language model, one pair and one classifier of every way to build an architecture.
-KINDS = {"ForCausalLM", "ForConditionalGeneration", "ForTokenClassification"}
-DISTRIBUTED = {row.name: row for row in ROWS if row.kind in KINDS}
+DISTRIBUTED = {row.name: row for row in ROWS if is_distributed(row)}
 
 
 def make_model(row: Row) -> nn.Module:

@@ -197,6 +197,12 @@ def limit_of(check: str, row: Row) -> Limit | None:
 DISTRIBUTED = {"ddp": "DDP, two processes", "fsdp2": "FSDP2, two processes"}
 TITLES = {name: check.title for name, check in CHECKS.items()} | DISTRIBUTED
 
+
+def is_distributed(row: Row) -> bool:
+    """One language model, one pair and one classifier of every way to build an architecture."""
+    return row.kind in ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
+
+
 CELLS = [(name, row) for name, check in CHECKS.items() for row in ROWS if row.kind in check.kinds]
 
-__all__ = ["CELLS", "CHECKS", "LIMITS", "TITLES", "Check", "Limit", "limit_of"]
+__all__ = ["CELLS", "CHECKS", "DISTRIBUTED", "LIMITS", "TITLES", "Check", "Limit", "is_distributed", "limit_of"]

@@ -1,7 +1,11 @@
 """Every promise of the contract, for every public class of every architecture; rows.py and table.py are the table."""
 
 import pytest
-from contract.table import CELLS, CHECKS, limit_of
+from contract.rows import ROWS
+from contract.table import CELLS, CHECKS, LIMITS, limit_of
+from transformers import PreTrainedModel
+
+import hf_efficient
 
 
 def parameters():
@@ -22,3 +26,13 @@ def test_contract(name, row, tmp_path, record_property):
         return
     with pytest.raises(limit.error, match=limit.message or None):
         CHECKS[name].function(row, tmp_path)
+
+
+def test_every_public_class_has_a_row():
+    public = {getattr(hf_efficient, name) for name in hf_efficient.__all__}
+    models = {found for found in public if isinstance(found, type) and issubclass(found, PreTrainedModel)}
+    assert {row.model_class for row in ROWS} == models
+
+
+def test_every_limit_holds_somewhere():
+    assert {limit_of(name, row) for name, row in CELLS} - {None} == set(LIMITS)
