@@ -23,6 +23,9 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [
     *(requirement for group in EXTRAS.values() for requirement in group),
+    "onnx>=1.19",
+    "onnxscript>=0.5",
+    "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "peft>=0.18",
     "psutil>=6.0",
