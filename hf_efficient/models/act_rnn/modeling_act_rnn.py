@@ -76,15 +76,13 @@ class ActRnnPreTrainedModel(PreTrainedModel):
 
 
 class HaltingUnit(nn.Linear):
-    """sigma(W_h s + b_h), read from the state after the inner step (equation 5)."""
+    """W_h s + b_h, read from the state after the inner step (equation 5); a class of its own for its initial bias.
+
+    Its result is a linear layer's: tools that put another layer in its place know nothing of the sigmoid.
+    """
 
     def __init__(self, config: ActRnnConfig):
         super().__init__(config.hidden_size, 1)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, D) to halting probabilities (B,), at least float32."""
-        scores = super().forward(hidden)[:, 0]
-        return torch.sigmoid(scores.to(torch.promote_types(scores.dtype, torch.float32)))
 
 
 class ActRnnModel(ActRnnPreTrainedModel):
@@ -218,6 +216,11 @@ class ActRnnModel(ActRnnPreTrainedModel):
         self, inputs: Tensor, states: States, mask: Tensor | None
     ) -> tuple[list[Tensor], States, list[Pondering]]:
         """One token after the other: each layer's outputs (B, L, D), final states, each token's pondering."""
+        if any(parameter.is_meta for parameter in self.layers.parameters()):
+            raise ValueError(
+                "Weights of the recurrent layers are offloaded (device_map, or accelerate's offload), but pondering "
+                "takes single steps, for which they are not brought back; load the layers onto a device."
+            )
         size = self.config.hidden_size
         # What does not depend on the state is computed for all tokens at once.
         projected, flag = self.layers[0].project_flagged(inputs)
@@ -246,7 +249,8 @@ class ActRnnModel(ActRnnPreTrainedModel):
             return tuple(new_states)
 
         def halting_unit(states: States) -> Tensor:
-            return self.halting(states[-1][:, : self.config.hidden_size])
+            scores = self.halting(states[-1][:, : self.config.hidden_size])[:, 0]
+            return torch.sigmoid(scores.to(torch.promote_types(scores.dtype, torch.float32)))
 
         config = self.config
         token = ponder(
