@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 METADATA := setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor test-hub lint format docs bench clean
+.PHONY: help demo test test-slow test-floor test-hub lint format docs notebooks bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,6 +44,9 @@ format: $(VENV)/.installed-lint ## let ruff mend what it can
 docs: $(VENV)/.installed-docs ## the documentation site, in build/docs; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 
+notebooks: $(VENV)/.installed-notebooks ## run all notebooks from top to bottom; a cell that fails is an error
+	$(BIN)/python notebooks/execute.py
+
 bench: $(VENV)/.installed-dev ## one benchmark: make bench NAME=xl_decode
 	$(BIN)/python benchmarks/run.py $(NAME)
 
@@ -68,6 +71,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed-torch $(METADATA)
 
 $(VENV)/.installed-docs: $(VENV)/.installed-torch $(METADATA)
 	$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.installed-notebooks: $(VENV)/.installed-torch $(METADATA)
+	$(PIP_INSTALL) --editable '.[notebooks]'
 	@touch $@
 
 $(VENV)/.installed-lint: $(CONSTRAINTS) | $(BIN)/python

@@ -38,6 +38,9 @@ EXTRAS["dev"] = [
 # `make docs`; its pages print the commands' help and draw figures, so it needs what those need.
 EXTRAS["docs"] = [*EXTRAS["train"], *EXTRAS["plots"], "mkdocs-material>=9.6,<10", "mkdocstrings-python>=1.16"]
 
+# `make notebooks`
+EXTRAS["notebooks"] = [*EXTRAS["train"], *EXTRAS["plots"], "ipykernel>=6.29", "nbclient>=0.10"]
+
 setup(
     name="hf_efficient",
     version=VERSION,
