@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from contract.rows import ROWS, VARIANTS
-from contract.table import CELLS, DISTRIBUTED, TITLES, is_distributed
+from contract.rows import ROWS
+from contract.table import TITLES, description
 
 # check -> row -> "" if it passed, the reason if it refused as it should, "fails" otherwise
 found: dict[str, dict[str, str]] = {}
@@ -25,12 +25,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def version() -> str:
     """What the results belong to."""
     return transformers.__version__
-
-
-def asked_cells() -> dict[str, list[str]]:
-    """The rows that each check is for."""
-    asked = {check: [row.name for name, row in CELLS if name == check] for check in TITLES}
-    return asked | dict.fromkeys(DISTRIBUTED, [row.name for row in ROWS if is_distributed(row)])
 
 
 def summary_lines() -> list[str]:
@@ -66,11 +60,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         for check in TITLES
     }
     results[version()] = {"torch": torch.__version__.partition("+")[0], "cells": cells}
-    table = {
-        "checks": TITLES,
-        "variants": {name: variant.title for name, variant in VARIANTS.items()},
-        "asked": asked_cells(),
-        "rows": {row.name: [row.variant_name, row.class_name] for row in ROWS},
-        "results": results,
-    }
+    table = description() | {"results": results}
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from contract import check_generation, check_loading, check_tools, check_training
-from contract.rows import ROWS, Row
+from contract.rows import ROWS, VARIANTS, Row
 
 Function = Callable[[Row, Path], None]
 
@@ -205,4 +206,27 @@ def is_distributed(row: Row) -> bool:
 
 CELLS = [(name, row) for name, check in CHECKS.items() for row in ROWS if row.kind in check.kinds]
 
-__all__ = ["CELLS", "CHECKS", "DISTRIBUTED", "LIMITS", "TITLES", "Check", "Limit", "is_distributed", "limit_of"]
+
+def description() -> dict[str, Any]:
+    """What the documentation has to know of the table beside the results."""
+    asked = {check: [row.name for name, row in CELLS if name == check] for check in TITLES}
+    return {
+        "checks": TITLES,
+        "variants": {name: variant.title for name, variant in VARIANTS.items()},
+        "rows": {row.name: [row.variant_name, row.class_name] for row in ROWS},
+        "asked": asked | dict.fromkeys(DISTRIBUTED, [row.name for row in ROWS if is_distributed(row)]),
+    }
+
+
+__all__ = [
+    "CELLS",
+    "CHECKS",
+    "DISTRIBUTED",
+    "LIMITS",
+    "TITLES",
+    "Check",
+    "Limit",
+    "description",
+    "is_distributed",
+    "limit_of",
+]

@@ -1,11 +1,16 @@
 """Every promise of the contract, for every public class of every architecture; rows.py and table.py are the table."""
 
+import json
+from pathlib import Path
+
 import pytest
 from contract.rows import ROWS
-from contract.table import CELLS, CHECKS, LIMITS, limit_of
+from contract.table import CELLS, CHECKS, LIMITS, description, limit_of
 from transformers import PreTrainedModel
 
 import hf_efficient
+
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "site" / "contract.json"
 
 
 def parameters():
@@ -36,3 +41,10 @@ def test_every_public_class_has_a_row():
 
 def test_every_limit_holds_somewhere():
     assert {limit_of(name, row) for name, row in CELLS} - {None} == set(LIMITS)
+
+
+def test_documentation_shows_this_table():
+    """`make test-contract` writes the file."""
+    documented = json.loads(DOCUMENTED.read_text("utf-8"))
+    del documented["results"]
+    assert documented == description()
