@@ -99,7 +99,7 @@ def check_label_smoothing(row: Row, folder: Path) -> None:
     """The Trainer's smoothed loss is that of each token's own label: the next token, where a language model has it."""
     model, rows = row.build(), examples(row)
     if row.kind == "ForConditionalGeneration":
-        # The labels are kept from the model, so the collator makes the decoder's input of them: DataCollatorForSeq2Seq.
+        # As DataCollatorForSeq2Seq does: the Trainer keeps the labels from the model.
         for example in rows:
             shifted = model.prepare_decoder_input_ids_from_labels(labels=example["labels"][None])
             example["decoder_input_ids"] = shifted[0]
