@@ -69,8 +69,8 @@ def full_convolution(rows: Tensor, weight: Tensor, bias: Tensor | None = None, p
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
     """A convolution over rows (B, L, C) as over images of height 1.
 
-    Rows in their usual layout are what is called "channels last" there, for which there are kernels two to ten times
-    as quick as those of a one-dimensional convolution, forward and backward.
+    Rows in their usual layout are what is called "channels last" there. For channels by themselves the kernels are at
+    least twice as quick on a CPU, forward and backward, as those of a one-dimensional convolution.
     """
     if rows.shape[1] + 2 * padding < weight.shape[2]:
         return rows.new_zeros(rows.shape[0], 0, weight.shape[0])
