@@ -112,7 +112,7 @@ def plot_memory(curve: Iterable[Mapping[str, Any]], path: str | Path, trained_me
     axes.plot(places, bits, color=BLUE, marker="o", markersize=6, linewidth=1.8)
     axes.set_xticks(places, ["none" if length == 0 else str(length) for length in lengths])
     axes.margins(x=0.1, y=0.18)
-    label = {
+    label: dict[str, Any] = {
         "textcoords": "offset points",
         "color": GREY,
         "size": 9,
@@ -143,7 +143,7 @@ def plot_halting_map(
     columns = [(token, time) for token, time in zip(tokens, times, strict=True) if time > 0]
     if not columns:
         raise ValueError("ponder_times holds no token that took a step: give the row of a text, not of pads alone.")
-    names, times = zip(*columns, strict=True)
+    names, times = map(list, zip(*columns, strict=True))
     num_steps = max(math.ceil(max(times)), max_steps or 0)
     figure, axes = _canvas("Where the model ponders", "", "steps", width=max(3.5, 1.6 + 0.34 * len(names)))
     cells = [[1.0 if step < time else 0.0 for time in times] for step in range(num_steps)]

@@ -146,8 +146,8 @@ class CommandParser(HfArgumentParser):
             if not (word.startswith(MODEL_PREFIX) and self.command.model_settings):
                 others.append(word)
                 continue
-            name, equals, text = word.removeprefix(MODEL_PREFIX).partition("=")
-            text = text if equals else next(words, None)
+            name, equals, behind = word.removeprefix(MODEL_PREFIX).partition("=")
+            text = behind if equals else next(words, None)
             if text is None:
                 raise CommandError(f"{word} has no value; write `{word} VALUE`.")
             settings[name.replace("-", "_")] = parse_value(text)

@@ -19,7 +19,7 @@ from .train import train
 
 # Sized for a minute or two on two cores. The segments are short beside the memory, so that what the memory is worth
 # shows: without it, the first tokens of every segment have nothing before them.
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "text": ["python-docs"],
     "tokenizer": "bpe",
     "tokenizer_vocab_size": 2048,

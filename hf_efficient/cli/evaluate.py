@@ -164,6 +164,7 @@ TABLE = (
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """The figures of a saved model on a text, and the settings they were measured under."""
+    assert options.model is not None  # a required flag
     model, tokenizer = load_model(options.model, options.device)
     if model.config.is_encoder_decoder:
         raise CommandError(
@@ -205,7 +206,7 @@ def evaluate_translation(options: EvaluateOptions) -> dict[str, Any]:
         tokens = tokenize_pairs(pairs, tokenizer)
     check_lengths(model, tokens, "--pairs" if options.pairs else "--source_text")
     depth = depth_settings(model, num_steps=options.num_steps, exit_threshold=options.exit_threshold)
-    settings = {"num_beams": options.num_beams}
+    settings: dict[str, Any] = {"num_beams": options.num_beams}
     if options.num_beams > 1:
         settings["length_penalty"] = options.length_penalty
     if options.max_new_tokens is not None:
@@ -219,6 +220,7 @@ def evaluate_translation(options: EvaluateOptions) -> dict[str, Any]:
     if options.translations is not None:
         lines = (" ".join(answer.split()) + "\n" for answer in answers)
         Path(options.translations).write_text("".join(lines), encoding="utf-8")
+    assert pairs is not None
     score = bleu(answers, pairs["target"][:])
     return {
         "model": options.model,
@@ -236,6 +238,7 @@ def evaluate_translation(options: EvaluateOptions) -> dict[str, Any]:
 
 def evaluate_conversation(options: EvaluateOptions) -> dict[str, Any]:
     """Loss of a saved model on the turns of conversations, and the settings it was measured under."""
+    assert options.conversations is not None  # by which the task was chosen
     model, tokenizer = load_pair_model(options)
     with explained("--conversations"):
         split = None if options.split == "all" else options.split or "test"
@@ -262,6 +265,7 @@ def evaluate_conversation(options: EvaluateOptions) -> dict[str, Any]:
 
 def load_pair_model(options: EvaluateOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A saved model and its tokenizer. Raises CommandError if it has no encoder and decoder."""
+    assert options.model is not None  # a required flag
     model, tokenizer = load_model(options.model, options.device)
     if not model.config.is_encoder_decoder:
         raise CommandError(

@@ -165,6 +165,7 @@ def write_answer(
     depth: dict[str, Any],
 ) -> str:
     """What a model with encoder and decoder makes of the prompt: the likeliest answer, unless flags say to draw."""
+    assert options.prompt is not None  # a required flag
     input_ids = torch.tensor(encode_sources([options.prompt], tokenizer), device=model.device)
     check_prompt(options, input_ids[:, :-1])
     sampling = options.sampling()

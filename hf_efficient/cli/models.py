@@ -135,9 +135,9 @@ FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 def model_settings(architecture: str, for_pairs: bool = False) -> dict[str, tuple[str, Any]]:
     """Meaning and default of each setting that `--model.NAME` may give for `architecture`."""
     row = ARCHITECTURES[architecture]
-    starter = row.pair_starter if for_pairs else row.starter
+    starter = (row.pair_starter if for_pairs else row.starter) or {}
     inherited = {field.name for field in fields(PreTrainedConfig)}
-    meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", getdoc(row.config_class), re.MULTILINE))
+    meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", getdoc(row.config_class) or "", re.MULTILINE))
     return {
         field.name: (meanings.get(field.name, ""), starter.get(field.name, _default(field)))
         for field in fields(row.config_class)
@@ -176,7 +176,7 @@ def build_config(
             f"--model.vocab_size {vocab_size} is less than the tokenizer's {len(tokenizer)} ids; leave it out."
         )
     try:
-        return row.config_class(**(row.pair_starter if for_pairs else row.starter) | ids | named)
+        return row.config_class(**((row.pair_starter if for_pairs else row.starter) or {}) | ids | named)
     except (*USER_ERRORS, TypeError) as error:
         raise CommandError(f"model: {one_sentence(error)}") from error
 

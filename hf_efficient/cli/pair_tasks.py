@@ -232,15 +232,16 @@ class ConversationOptions(PairOptions):
         if self.validation_conversations is not None:
             with explained("--validation_conversations"):
                 return read_conversations(self.validation_conversations)
+        assert self.conversations is not None  # by which the task was chosen
         with explained("--conversations"):
             return read_conversations(self.conversations, "validation")
 
     def tokenize(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, every_pair: bool = False) -> Dataset:
         """The tokens of every turn and of the turns before it; lengths hold for measuring too."""
         with explained("--max_source_length"):
-            return tokenize_conversations(
-                data, tokenizer, self.max_source_length, self.max_target_length, self.max_turns
-            )
+            lengths = self.max_source_length, self.max_target_length
+            # They are numbers, unlike those of pairs, which have no limit by default.
+            return tokenize_conversations(data, tokenizer, *lengths, self.max_turns)  # type: ignore[arg-type]
 
     def texts(self, data: Dataset) -> Dataset:
         """Every turn once."""
@@ -248,7 +249,8 @@ class ConversationOptions(PairOptions):
 
     def files(self, for_validation: bool = False) -> list[str]:
         """The one file."""
-        return [(self.validation_conversations if for_validation else None) or self.conversations]
+        chosen = (self.validation_conversations if for_validation else None) or self.conversations
+        return [] if chosen is None else [chosen]
 
 
 @dataclass(frozen=True)

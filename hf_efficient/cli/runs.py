@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -49,8 +49,13 @@ IDENTITY = (
     *("constant_steps", "label_smoothing_factor", "train_sampling_strategy"),
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Behind
+else:
+    Behind = object  # which of the trainers it is, the class that is made of both says
 
-class RecipeRun:
+
+class RecipeRun(Behind):
     """What the trainers of the command line add: they show how many steps a model that chooses them takes.
 
     Resumed from its last update, a run makes none; `Trainer` would make one more.

@@ -73,6 +73,7 @@ def score_lanes(
             ponder.add(output.ponder_times)
     loss = float(total) / lanes.num_predictions
     seconds = time.perf_counter() - start
+    assert lanes.num_bytes is not None  # the lanes are of a text
     return Score(
         loss=loss,
         perplexity=perplexity(loss),

@@ -199,6 +199,7 @@ def cut_validation(
             )
         return None
     flag = "--validation_text"
+    assert options.segment_length is not None  # the architecture's, if it was not given
     return options.cut(
         options.read_source(flag, source, options.validation_split, "validation"),
         tokenizer,
@@ -211,6 +212,7 @@ def cut_validation(
 def make_model(options: TrainOptions, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model with new weights. Settings that were not given are the architecture's starter settings."""
     config = build_config(options.architecture, settings, tokenizer)
+    assert options.segment_length is not None  # the architecture's, if it was not given
     check_length(config, options.segment_length)
     check_length(config, options.eval_segment_length or 0, "--eval_segment_length")
     with memory_settings(config, **eval_memory(options)):

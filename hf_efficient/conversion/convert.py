@@ -197,10 +197,9 @@ def _read_checkpoint(source: Path, config: PreTrainedConfig | str | os.PathLike 
 
 def _read_trax(path: Path, config: PreTrainedConfig | str | os.PathLike | None) -> Checkpoint:
     if isinstance(config, PreTrainedConfig):
-        config = config.to_dict()
-    elif config is not None:
-        config = Path(config)
-    trax = read_trax_reformer(path, config)
+        trax = read_trax_reformer(path, config.to_dict())
+    else:
+        trax = read_trax_reformer(path, None if config is None else Path(config))
     try:
         config = ReformerConfig.from_dict(trax.settings)
     except (ValueError, StrictDataclassError) as error:
@@ -262,7 +261,7 @@ def _read_tokenizer(
         return None if vocabulary is None else _read_sentencepiece(Path(vocabulary))
     if vocabulary is None and not (source.is_dir() and find_vocabulary(source)):
         return None
-    return load_legacy_tokenizer(source if vocabulary is None else vocabulary, release == ORIGINAL_RELEASE)
+    return load_legacy_tokenizer(source if vocabulary is None else Path(vocabulary), release == ORIGINAL_RELEASE)
 
 
 def _read_sentencepiece(path: Path) -> ReformerTokenizer:

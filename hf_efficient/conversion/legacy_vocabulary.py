@@ -64,7 +64,7 @@ def load_legacy_tokenizer(source: str | Path, original_release: bool = False) ->
         vocabulary = replace(vocabulary, original={"lower_case": False, "splitting": "whitespace"})
     if vocabulary.original is not None:
         return _original_tokenizer(vocabulary)
-    arguments = {"vocab": vocabulary.symbols, "unknown_symbol": vocabulary.unknown_symbol}
+    arguments: dict[str, Any] = {"vocab": vocabulary.symbols, "unknown_symbol": vocabulary.unknown_symbol}
     if not source.is_dir():
         return TransformerXLTokenizer(**arguments, extra_special_tokens=LEGACY_EXTRA_TOKENS)
     if not _names_extra_tokens(source):
@@ -135,7 +135,7 @@ def _original_tokenizer(vocabulary: LegacyVocabulary) -> TransformerXLTokenizer:
         unknown_symbol=vocabulary.unknown_symbol,
         unk_token=first("<unk>", "<UNK>"),
         eos_token=first("<eos>", "<S>"),
-        **vocabulary.original,
+        **(vocabulary.original or {}),
     )
 
 

@@ -101,7 +101,8 @@ def _read_module(file: RestrictedFile) -> OriginalCheckpoint:
 
 def _walk(file: RestrictedFile) -> tuple[dict[str, dict[str, Any]], dict[str, StoredTensor]]:
     """Attributes of each module, and each tensor, by dotted name as in `state_dict()`."""
-    modules, tensors = {}, {}
+    modules: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, StoredTensor] = {}
     waiting, seen = [("", file.root)], set()
     while waiting:
         name, record = waiting.pop()

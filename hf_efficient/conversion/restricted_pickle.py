@@ -7,9 +7,10 @@ lists, dicts and inert records. It imports nothing, and it calls nothing but fun
 
 import pickletools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from mmap import mmap
+from typing import IO, Any
 
 
 class MalformedPickle(ValueError):
@@ -49,7 +50,7 @@ class InertRecord:
 
 
 def read_pickle(
-    stream: BinaryIO,
+    stream: IO[bytes] | mmap,
     rebuild: Mapping[str, Callable[..., Any]] | None = None,
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
@@ -70,11 +71,12 @@ def read_pickle(
         MalformedPickle: truncated, no pickle at all, or made of what plain data never needs.
     """
     machine = _StackMachine({**_CONTAINERS, **(rebuild or {})}, persistent)
-    position = 0
+    position: int | None = 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", DeprecationWarning)  # an escape sequence that no string has
-            for opcode, argument, position in pickletools.genops(stream):  # noqa: B007 (named in the error)
+            # A mapped file reads as any other, though it is not declared so; the position is named in errors.
+            for opcode, argument, position in pickletools.genops(stream):  # type: ignore[arg-type]  # noqa: B007
                 machine.execute(opcode.name, argument)
         return machine.pop()
     except MalformedPickle as error:
@@ -229,7 +231,7 @@ def _rebuild_dict(content: Any = (), *_: Any) -> dict[Any, Any]:
     """A dict from a dict or a list of pairs."""
     if isinstance(content, dict):
         return dict(content)
-    pairs = content if isinstance(content, list | tuple) else [None]
+    pairs: Sequence[Any] = content if isinstance(content, list | tuple) else [None]
     if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         return _pairs([value for pair in pairs for value in pair])
     raise MalformedPickle(f"a dict made from a {type(content).__name__}")

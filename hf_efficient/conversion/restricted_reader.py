@@ -302,7 +302,7 @@ def _persistent_storage(identifier: Any) -> Storage:
 
 def _rebuild_tensor(*arguments: Any) -> StoredTensor:
     """Of `(storage, offset, shape, strides, ...)`; a view may not leave its storage, nor hold more than it."""
-    storage, offset, shape, strides = (*arguments[:4], *[None] * (4 - len(arguments)))
+    storage, offset, shape, strides = (arguments + (None,) * 4)[:4]
     sizes = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
     if not sizes or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, (offset, *shape, *strides))):
         raise MalformedPickle("a tensor without a legal shape")

@@ -160,7 +160,7 @@ def _name_weights(weights: _Weights) -> tuple[dict[str, Tensor], dict[str, Any],
     sizes = {"vocab_size": table.shape[0], "hidden_size": table.shape[1]}
     positions, position_sizes = _take_positions(weights, table.shape[1])
     state_dict |= {f"reformer.embeddings.position_embeddings.{name}": value for name, value in positions.items()}
-    is_shared = []
+    is_shared: list[bool] = []
     while len(weights) > 4:  # the last layer norm and the head follow
         layer, layer_sizes, shared = _take_layer(weights, f"layer {len(is_shared)}")
         state_dict |= {f"reformer.encoder.layers.{len(is_shared)}.{name}": value for name, value in layer.items()}

@@ -63,7 +63,7 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read_json(config: Path | dict[str, Any], is_shared: list[bool]) -> dict[str, Any]:
+def _read_json(config: Path | dict[str, Any] | None, is_shared: list[bool]) -> dict[str, Any]:
     """What a config.json says; layer types that it leaves out follow from the weights."""
     if isinstance(config, Path):
         try:

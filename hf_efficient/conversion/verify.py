@@ -43,7 +43,7 @@ def verify_conversion(model: PreTrainedModel, state_dict: dict[str, Tensor], fol
     source = _without_prefix(state_dict)
     repeats = repeated_weights(model.config) if isinstance(model.config, TransformerXLConfig) else {}
     for name, tensor in source.items():
-        counterpart = written.get(name, written.get(repeats.get(name)))
+        counterpart = written.get(name, written.get(repeats.get(name, "")))
         if counterpart is None or not torch.equal(counterpart, tensor):
             raise ValueError(f"{name} of the source is not what was written to {folder}; report this.")
     missing = written.keys() - source.keys() - {repeats.get(name) for name in source}
@@ -73,7 +73,7 @@ def check_ties(config: TransformerXLConfig, state_dict: dict[str, Tensor]) -> No
 def repeated_weights(config: TransformerXLConfig) -> dict[str, str]:
     """For each name that a file may hold though it repeats another's tensor: the other. Without `transformer.`."""
     repeats = {}
-    for index, is_tied in enumerate(config.tie_projs):
+    for index, is_tied in enumerate(config.tie_projs or ()):
         if config.tie_word_embeddings:
             repeats[f"crit.out_layers.{index}.weight"] = f"word_emb.emb_layers.{index}.weight"
         if is_tied:
@@ -96,7 +96,7 @@ def _output_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
     generator = torch.Generator().manual_seed(0)
     shape = (SEGMENTS, ROWS, LENGTH)
     segments = torch.randint(one.config.vocab_size, shape, generator=generator)
-    outputs = [[], []]
+    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     for found, model in zip(outputs, (one.eval(), other.eval()), strict=True):
         memory = model.create_cache() if isinstance(model.config, TransformerXLConfig) else None
         found += [model(ids, torch.ones_like(ids), past_key_values=memory)[0] for ids in segments]

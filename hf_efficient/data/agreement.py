@@ -125,11 +125,12 @@ def sentence_text(sentence: AgreementSentence) -> str:
 
 def inflections(sentences: Iterable[AgreementSentence]) -> dict[tuple[str, str], str]:
     """For each verb with its tag, the form of the other number, as far as both occur."""
-    seen = defaultdict(set)
+    seen: defaultdict[str, set[str]] = defaultdict(set)
     for sentence in sentences:
-        seen[sentence.tag].add(sentence.verb)
+        if sentence.verb is not None:
+            seen[sentence.tag].add(sentence.verb)
     forms = {}
-    for plural in seen["VBP"] - {None}:
+    for plural in seen["VBP"]:
         for singular in _singular_forms(plural):
             if singular in seen["VBZ"]:
                 forms[plural, "VBP"], forms[singular, "VBZ"] = singular, plural

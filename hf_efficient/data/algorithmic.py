@@ -104,9 +104,9 @@ class AdditionTask(AlgorithmicTask):
 
     def make_pair(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Two numbers, and their sum."""
-        length = generator.integers(1, self.max_length // 2 + 1)
+        length = int(generator.integers(1, self.max_length // 2 + 1))
         room = self.max_length - length - 1
-        other_length = generator.integers(max(1, self.min_length - length - 1), room + 1)
+        other_length = int(generator.integers(max(1, self.min_length - length - 1), room + 1))
         first, second = (self._draw_number(n, generator) for n in (length, other_length))
         separator = [self.num_symbols]
         total = add_digits(first.tolist(), second.tolist(), self.num_symbols)

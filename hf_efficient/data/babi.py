@@ -54,7 +54,8 @@ def read_babi(
 
 
 def _questions(lines: Iterable[tuple[str, str]]) -> Iterator[BabiQuestion]:
-    facts, index_of_line = [], {}
+    facts: list[tuple[str, ...]] = []
+    index_of_line: dict[int, int] = {}
     for place, line in lines:
         number, text = _numbered(place, line)
         if number == 1:
@@ -107,7 +108,8 @@ class BabiVocabulary:
 
         Lists of things and paths occur in tests that training does not have; models of this task classify over both.
         """
-        words, answers = set(), set()
+        words: set[str] = set()
+        answers: set[str] = set()
         for question in questions:
             words.update(question.question, *question.facts)
             answers.add(question.answer)

@@ -42,7 +42,7 @@ class PaddingCollator:
             lengths = torch.tensor([len(value) if value.ndim else 0 for value in values])
             kind = next((kind for kind in ("input_ids", "inputs_embeds") if name.endswith(kind)), None)
             if kind is not None and lengths.min() < lengths.max():
-                mask = torch.arange(lengths.max()) < lengths[:, None]
+                mask = torch.arange(int(lengths.max())) < lengths[:, None]
                 batch[name.replace(kind, "attention_mask")] = mask.long()
         return batch
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -167,7 +168,11 @@ def tokenize_conversations(
     Raises ValueError if there is no column "turns", the tokenizer does not end texts with its eos token, a number is
     below 1, or no pair is left.
     """
-    limits = {"max_source_length": max_source_length, "max_target_length": max_target_length, "max_turns": max_turns}
+    limits: dict[str, Any] = {
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+        "max_turns": max_turns,
+    }
     for name, limit in limits.items():
         if limit < 1:
             raise ValueError(f"{name}={limit} must be at least 1.")
@@ -206,7 +211,7 @@ def _pairs_of_rows(
 ) -> dict[str, list]:
     """One batch of `tokenize_conversations`; the arguments are all that identifies the result."""
     encoded = iter(encode_sources([turn for turns in rows["turns"] for turn in turns], tokenizer))
-    columns = {name: [] for name in TOKEN_FEATURES}
+    columns: dict[str, list] = {name: [] for name in TOKEN_FEATURES}
     for turns in rows["turns"]:
         turn_ids = [next(encoded) for _ in turns]
         for number, target in enumerate(turn_ids[1:], start=1):

@@ -72,6 +72,7 @@ def load_documents(
         )
     if source == PYTHON_DOCS:
         return _from_python_docs(split, cache_dir)
+    assert isinstance(source, str | PathLike)  # a list is one of files, which are read by now
     return _from_dataset(source, split, text_column, config_name, cache_dir)
 
 
@@ -118,10 +119,11 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_text_file(path))
     if not files:
         raise ValueError(f"source={str(folder)!r} holds no text files ({', '.join(TEXT_SUFFIXES)}, also with .gz).")
-    by_split: dict[str | None, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
     for path in files:
-        by_split.setdefault(_split_in_name(path.relative_to(folder)), []).append(path)
-    unnamed = by_split.pop(None, [])
+        name = _split_in_name(path.relative_to(folder))
+        (unnamed if name is None else by_split.setdefault(name, [])).append(path)
     if unnamed and by_split:
         raise ValueError(
             f"source={str(folder)!r} holds files named for the splits {sorted(by_split)}, and others, as "

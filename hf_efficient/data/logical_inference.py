@@ -59,7 +59,7 @@ def satisfying_worlds(formula: str) -> int:
 
     Raises ValueError if it is not written as the papers do.
     """
-    groups = [[]]
+    groups: list[list] = [[]]
     for token in formula.split():
         if token == "(":
             groups.append([])
@@ -169,7 +169,7 @@ class LogicalInferenceTask(GeneratedTask):
 def random_pair(num_operators: int, generator: np.random.Generator) -> FormulaPair | None:
     """A pair with so many operators on its larger side; None if a side turned out always true or always false."""
     variables = generator.permutation(VARIABLES)[:4].tolist()
-    sizes = generator.permutation([num_operators, generator.integers(num_operators + 1)])
+    sizes = generator.permutation([num_operators, int(generator.integers(num_operators + 1))])
     left, right = (random_formula(int(size), variables, generator) for size in sizes)
     meanings = satisfying_worlds(left), satisfying_worlds(right)
     if {0, ALL_WORLDS}.intersection(meanings):

@@ -51,7 +51,8 @@ def generate_phrases(num_pairs: int, seed: int = 0) -> Dataset:
 
 
 def _different_pairs(num_pairs: int, seed: int, version: int) -> Iterator[dict[str, str]]:
-    rng, seen = random.Random(seed), set()
+    rng = random.Random(seed)
+    seen: set[str] = set()
     while len(seen) < num_pairs:
         source, target = random_sentence(rng)
         if source not in seen:

@@ -4,7 +4,7 @@ The language is small enough to be written out: 20,910 commands. A division says
 and so what it has to generalise to: longer action sequences, or a verb it has seen only alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +102,7 @@ def generate_scan(division: str, split: str, seed: int = 0) -> list[ScanExample]
         if value not in known:
             raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
     examples = [ScanExample(tuple(command.split()), scan_actions(command)) for command in scan_commands()]
+    is_trained: Sequence[bool] | np.ndarray
     if division == "simple":
         is_trained = np.random.default_rng(seed).permutation(len(examples)) < 0.8 * len(examples)
     elif division == "length":

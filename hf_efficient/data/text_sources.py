@@ -6,7 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO
 
 
 def lines_of(source: str | Path, name: re.Pattern | None = None) -> Iterator[tuple[str, str]]:
@@ -31,22 +31,24 @@ def lines_of(source: str | Path, name: re.Pattern | None = None) -> Iterator[tup
         raise ValueError(f"source='{source}' has no file whose name matches '{name.pattern if name else ''}'.")
 
 
-def _files(source: Path, name: re.Pattern | None) -> Iterator[tuple[str, BinaryIO]]:
+def _files(source: Path, name: re.Pattern | None) -> Iterator[tuple[str, IO[bytes]]]:
     """The wanted files, open, with their paths."""
     if source.is_dir():
         paths = (path for path in source.rglob("*") if path.is_file())
         for path in sorted(path for path in paths if _is_wanted(path.relative_to(source).as_posix(), name)):
-            with path.open("rb") as stream:
-                yield str(path), stream
+            with path.open("rb") as file:
+                yield str(path), file
     elif source.name.endswith((".tar", ".tar.gz", ".tgz")):
         with tarfile.open(source) as archive:
             members = (member for member in archive.getmembers() if member.isfile())
             wanted = [member for member in members if _is_wanted(member.name, name)]
             for member in sorted(wanted, key=lambda member: member.name):
-                yield f"{source}/{member.name}", archive.extractfile(member)
+                stream = archive.extractfile(member)
+                assert stream is not None  # which it is for folders and devices only
+                yield f"{source}/{member.name}", stream
     else:
-        with source.open("rb") as stream:
-            yield str(source), stream
+        with source.open("rb") as file:
+            yield str(source), file
 
 
 def _is_wanted(path: str, name: re.Pattern | None) -> bool:

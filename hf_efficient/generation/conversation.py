@@ -68,12 +68,14 @@ class Conversation:
             raise ValueError("text is blank; say something.")
         input_ids = self.input_ids([*self.turns, text])
         output = sample_and_rank(self.model, input_ids, torch.ones_like(input_ids), **self.sampling)
+        assert output.sequences is not None
+        assert output.scores is not None
         answer = self._decode(output.sequences[0], input_ids.shape[1])
         self.turns += [text, answer]
         self.score = output.scores.item()
         return answer
 
-    def input_ids(self, turns: list[str]) -> torch.LongTensor:
+    def input_ids(self, turns: list[str]) -> torch.Tensor:
         """(1, T): what the model reads of `turns` before it answers the last of them."""
         eos = self.tokenizer.eos_token_id
         encoded = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encode_sources(turns, self.tokenizer)]

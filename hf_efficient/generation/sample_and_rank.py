@@ -164,7 +164,8 @@ def _join(passes: list[tuple[Tensor, Tensor, Tensor]], pad_token_id: int | None)
         torch.nn.functional.pad(sequences, (0, longest - sequences.shape[-1]), value=pad_token_id or 0)
         for sequences, _, _ in passes
     ]
-    return torch.cat(padded, dim=1), *(torch.cat([one[i] for one in passes], dim=1) for i in (1, 2))
+    scores, lengths = (torch.cat([one[i] for one in passes], dim=1) for i in (1, 2))
+    return torch.cat(padded, dim=1), scores, lengths
 
 
 def _rank(candidates: Tensor, scores: Tensor, lengths: Tensor) -> SampleAndRankOutput:

@@ -154,7 +154,7 @@ def adapt_configurations(contents: Contents, with_code: bool) -> None:
         write_auto_map(
             contents, TOKENIZER_CONFIG, tokenizer, {"AutoTokenizer": [reference_to(own), None]} if own else {}
         )
-        shipped |= {own} - {None}
+        shipped |= set() if own is None else {own}
     for name, source in code_files(shipped).items():
         contents.add(name, source, "code of the architecture")
 
@@ -164,9 +164,9 @@ def read_json(upload: Upload) -> dict[str, Any]:
     try:
         content = json.loads(upload.text())
     except ValueError as error:
-        raise ValueError(f"{upload.content} is no JSON ({error}); save the model again.") from error
+        raise ValueError(f"{upload.name} is no JSON ({error}); save the model again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{upload.content} holds no JSON object; save the model again.")
+        raise ValueError(f"{upload.name} holds no JSON object; save the model again.")
     return content
 
 

@@ -314,8 +314,9 @@ def in_words(size: int) -> str:
     """
     if size < 1000:
         return f"{size} B"
+    shown: float = size
     for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 1000 or unit == "GB":
+        shown /= 1000
+        if shown < 1000 or unit == "GB":
             break
-    return f"{size:.1f} {unit}"
+    return f"{shown:.1f} {unit}"

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from inspect import getfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .model_card import PAPERS
 
 MODELS = f"{__package__.rpartition('.')[0]}.models"
+Class = TypeVar("Class")
 
 
 def architectures() -> Iterator[ModuleType]:
@@ -26,7 +28,7 @@ def architectures() -> Iterator[ModuleType]:
         yield import_module(f"{MODELS}.{name}")
 
 
-def public_classes(module: ModuleType, base: type) -> list[type]:
+def public_classes(module: ModuleType, base: type[Class]) -> list[type[Class]]:
     """Those classes of an architecture that are a `base`."""
     values = [getattr(module, name) for name in dir(module)]
     return [value for value in values if isinstance(value, type) and issubclass(value, base) and value is not base]
@@ -38,7 +40,7 @@ def architecture_classes(model_type: str | None) -> dict[str, type]:
     model_type: as in config.json, for example "transfo-xl".
     Raises ValueError if the type is not one of this package's, or is left to transformers' own class.
     """
-    types = {}
+    types: dict[str, Any] = {}
     for module in architectures():
         types |= {config.model_type: config for config in public_classes(module, PreTrainedConfig)}
     if model_type not in types:

@@ -53,7 +53,8 @@ class SegmentTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
+        known = self.greater_is_better  # type: ignore[has-type]  # a field of transformers', which mypy does not read
+        if known is None and self.metric_for_best_model is not None:
             less_is_better = ("loss", "perplexity", "bits_per_byte")
             self.greater_is_better = not self.metric_for_best_model.endswith(less_is_better)
         super().__post_init__()

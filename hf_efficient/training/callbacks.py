@@ -139,6 +139,7 @@ class PonderTimeCallback(TrainerCallback):
         """Begin to read the model's outputs."""
         self.on_init_end(args, state, control)
         self.on_train_end(args, state, control)
+        assert model is not None  # the trainer gives it
         self._handle = model.register_forward_hook(self._read)
 
     def on_train_end(
@@ -168,7 +169,7 @@ class PonderTimeCallback(TrainerCallback):
         prefix = _prefix(logs)
         if self._handle is None or prefix is None:
             return
-        figures = {}
+        figures: dict[str, float] = {}
         for field, totals in self._totals[prefix == ""].items():
             if (found := totals.mean_and_spread(args.device)) is not None:
                 name = prefix + field.removesuffix("s")

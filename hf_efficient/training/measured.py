@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,13 @@ from .callbacks import LiveFiguresCallback
 from .metrics import LossTotals, TokenMeter, bits_per_byte, peak_memory_mb, perplexity
 from .run_folder import last_checkpoint
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Behind
+else:
+    Behind = object  # which of the trainers it is, the class that is made of both says
 
-class MeasuredRun:
+
+class MeasuredRun(Behind):
     """Stands in front of `Trainer` among a trainer's bases.
 
     - `evaluate()` returns the exact mean loss over all predicted tokens in nats, and what follows from it.
@@ -105,6 +110,7 @@ class MeasuredRun:
 
     def _add_eval_losses(self, outputs: Any, predicted: Tensor) -> None:
         """Count the losses of one batch of an evaluation."""
+        assert self._eval_totals is not None
         self._eval_totals.add(outputs["losses"], predicted)
 
     def evaluation_loop(

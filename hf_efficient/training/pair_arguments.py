@@ -39,7 +39,8 @@ class PairTrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
+        known = self.greater_is_better  # type: ignore[has-type]  # a field of transformers', which mypy does not read
+        if known is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()
         if self.constant_steps < 0:

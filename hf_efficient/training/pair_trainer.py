@@ -103,7 +103,8 @@ class PairTrainer(MeasuredRun, Seq2SeqTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The learning rate's course; with `constant_steps`, constant and then the inverse square root."""
-        if self.lr_scheduler is None and self.args.constant_steps:
+        known = self.lr_scheduler  # type: ignore[has-type]  # transformers sets it, which mypy does not read
+        if known is None and self.args.constant_steps:
             optimizer = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = constant_then_inverse_sqrt(optimizer, self.args.constant_steps)
             self._created_lr_scheduler = True
@@ -161,6 +162,7 @@ class PairTrainer(MeasuredRun, Seq2SeqTrainer):
         if losses is None or self.label_smoother is not None:
             losses = token_losses(outputs["logits"], predicted)
         is_predicted = predicted.ne(-100)
+        assert self._eval_totals is not None
         nats, counts = self.accelerator.gather_for_metrics(
             (losses.sum(1, dtype=self._eval_totals.dtype), is_predicted.sum(1))
         )
@@ -177,7 +179,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def longest_target(tokens: Dataset) -> int:
     """Tokens of the longest row of "labels"."""
     if not hasattr(tokens, "select_columns"):
-        return max(len(row["labels"]) for row in tokens)
+        return max(len(row["labels"]) for row in tokens)  # type: ignore[attr-defined]  # torch declares no iterator
     batches = tokens.select_columns("labels").with_format("arrow").iter(batch_size=10_000)
     return max(batch["labels"].combine_chunks().value_lengths().to_numpy().max() for batch in batches).item()
 

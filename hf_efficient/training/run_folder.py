@@ -56,7 +56,7 @@ def check_run_folder(output_dir: str | os.PathLike, settings: Mapping[str, Any])
     settings = json.loads(json.dumps(dict(settings), default=str))
     record = root / SETTINGS_NAME
     if record.is_file():
-        _require_same_run(root, _read_settings(record), settings)
+        _require_same_run(root, _read_settings(record), dict(settings))
     elif foreign := sorted(path.name for pattern in RUN_FILES for path in root.glob(pattern)):
         raise ValueError(
             f"output_dir={str(output_dir)!r} already holds a different run ({foreign[0]} is there, {SETTINGS_NAME} is "

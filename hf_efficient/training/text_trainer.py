@@ -57,7 +57,7 @@ class TextTrainer(MeasuredRun, Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Random order, another one in each epoch."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return None if dataset is None else RandomSampler(dataset)
+        return None if dataset is None else RandomSampler(dataset)  # type: ignore[arg-type]  # torch declares no length
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one update and the number of tokens they predict, over all processes."""

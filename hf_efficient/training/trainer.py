@@ -98,7 +98,9 @@ class SegmentTrainer(TextTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """The order of the text."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return None if dataset is None else SequentialSampler(dataset)
+        if dataset is None:
+            return None
+        return SequentialSampler(dataset)  # type: ignore[arg-type]  # torch declares no length
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train with an empty memory, or from a checkpoint with the memory saved there; see `TextTrainer.train`.

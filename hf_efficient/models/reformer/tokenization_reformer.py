@@ -68,7 +68,7 @@ def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
     vocab = {piece: index for index, (piece, _) in enumerate(model.pieces)}
     unknown = next((piece for piece, kind in model.pieces if kind == UNKNOWN), None)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges(model), unk_token=unknown, fuse_unk=True))
-    steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     # Spaces at the ends go, and of several one stays.
     steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -136,6 +136,7 @@ def _read_model(content: bytes) -> SentencePieceModel:
 def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
     """Numbers and values of a message's fields: whole numbers, or bytes."""
     position = 0
+    value: int | bytes
     while position < len(content):
         key, position = _varint(content, position)
         kind = key & 7

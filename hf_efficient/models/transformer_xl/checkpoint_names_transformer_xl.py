@@ -44,7 +44,7 @@ def register_checkpoint_names(model_type: str) -> None:
 
 def to_model_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict under the names in the model; what has them already is left alone."""
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         name = key
         for on_disk, in_model in RENAMINGS:

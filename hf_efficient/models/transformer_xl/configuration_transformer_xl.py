@@ -222,6 +222,7 @@ class TransformerXLConfig(PreTrainedConfig):
                 f"cutoffs={self.cutoffs} must ascend strictly between 0 and vocab_size={self.vocab_size}; "
                 "correct them, or give [] for a plain softmax."
             )
+        assert self.tie_projs is not None  # filled in before
         if len(self.tie_projs) != len(self.cutoffs) + 1:
             raise ValueError(
                 f"tie_projs={self.tie_projs} has {len(self.tie_projs)} entries for {len(self.cutoffs) + 1} bins; "
@@ -245,7 +246,7 @@ class TransformerXLConfig(PreTrainedConfig):
 
 def _under_todays_names(config_dict: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
     """A copy with every older name replaced."""
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for key, value in config_dict.items():
         name = aliases.get(key, key)
         if renamed.setdefault(name, value) != value:

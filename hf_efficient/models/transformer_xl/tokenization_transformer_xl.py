@@ -91,7 +91,7 @@ class TransformerXLTokenizer(PythonBackend):
         self.add_eos = add_eos
         self.add_double_eos = add_double_eos
         self._unknown_id = self._find_unknown()
-        self._moses_rules = None
+        self._moses_rules: _MosesRules | None = None
         kwargs["added_tokens_decoder"] = self._beyond_vocabulary(kwargs.get("added_tokens_decoder") or {})
         super().__init__(
             lower_case=lower_case,
@@ -245,7 +245,7 @@ class TransformerXLTokenizer(PythonBackend):
         tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
         apart = self._added_tokens_encoder.keys() - set(self.all_special_tokens)
         apart |= {token for token in map(str, self.extra_special_tokens) if token not in self.symbol_ids}
-        pieces = []
+        pieces: list[str] = []
         for is_apart, group in itertools.groupby(tokens, key=apart.__contains__):
             words = list(group)
             pieces += words if is_apart else [self.convert_tokens_to_string(words)]
@@ -327,7 +327,7 @@ def _first_columns(lines: Iterable[str]) -> list[str]:
 def _check_vocabulary(words: Iterable[str] | Mapping[str, int], source: str) -> list[str]:
     """The words in the order of their ids, once ids are seen to be 0, 1, 2, ... and words to be strings."""
     ids = dict(words) if isinstance(words, Mapping) else None
-    symbols = list(words) if ids is None else [None] * len(ids)
+    symbols: list = list(words) if ids is None else [None] * len(ids)
     for symbol, index in (ids or {}).items():
         if not isinstance(index, int) or not 0 <= index < len(symbols) or symbols[index] is not None:
             raise ValueError(
