@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 METADATA := setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor test-hub lint format docs notebooks bench clean
+.PHONY: help demo test test-slow test-floor test-hub test-contract test-matrix test-newest test-dist what-broke newest lint types format docs notebooks bench dist clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -33,9 +33,27 @@ test-floor: $(VENV)/floor.txt ## the quick tests with the oldest transformers we
 test-hub: $(VENV)/.installed-dev $(VENV)/hub/.installed ## publish every model, load it where this package is not installed
 	HF_EFFICIENT_CLEAN_PYTHON=$(abspath $(VENV))/hub/bin/python $(BIN)/python -m pytest -m slow tests/hub
 
+test-contract: $(VENV)/.installed-dev ## what every model does with everything else; the results stand in the documentation
+	HF_EFFICIENT_CONTRACT=docs/site/contract.json $(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow" tests/contract
+
+test-matrix: test-contract $(VENV)/floor.txt ## the same with the newest transformers and with the oldest that we support
+	$(MAKE) test-contract VENV=$(VENV)/floor CONSTRAINTS=$(VENV)/floor.txt
+
+test-newest: newest ## the quick tests with the newest transformers on the index
+	$(MAKE) test VENV=$(VENV)/newest CONSTRAINTS=$(VENV)/newest.txt
+
+what-broke: newest ## what of the newest transformers is no longer as we use it
+	$(VENV)/newest/bin/python .ci/what_broke.py
+
+test-dist: $(VENV)/.installed-dev ## build a release, install it in a fresh environment, run README's first programs there
+	$(BIN)/python -m pytest -m slow tests/test_dist.py
+
 lint: $(VENV)/.installed-lint ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev ## mypy: the type hints of everything but model bodies
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.installed-lint ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -50,8 +68,13 @@ notebooks: $(VENV)/.installed-notebooks ## run all notebooks from top to bottom;
 bench: $(VENV)/.installed-dev ## one benchmark: make bench NAME=xl_decode
 	$(BIN)/python benchmarks/run.py $(NAME)
 
+dist: $(VENV)/.installed-dev ## sdist and wheel of a release, in dist/, checked by twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean: ## remove the environment, caches and build output (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -86,6 +109,13 @@ $(VENV)/floor.txt: constraints.txt setup.py
 	@mkdir -p $(@D)
 	floor=$$(sed -nE 's/.*"transformers>=([0-9.]+),.*/\1.0/p' setup.py) && \
 	sed "s/^transformers==.*/transformers==$$floor/" constraints.txt > $@
+
+# An environment with the newest transformers, even one that setup.py does not allow yet; looked up each time.
+newest:
+	@mkdir -p $(VENV)
+	grep -vE '^(transformers|huggingface_hub|tokenizers|safetensors|accelerate)==' constraints.txt > $(VENV)/newest.txt
+	$(MAKE) $(VENV)/newest/.installed-dev VENV=$(VENV)/newest CONSTRAINTS=$(VENV)/newest.txt
+	$(VENV)/newest/bin/python -m pip install --quiet --upgrade --constraint $(VENV)/newest.txt transformers
 
 # What someone has who only wants to use a published model.
 $(VENV)/hub/.installed: $(CONSTRAINTS) | $(BIN)/python

@@ -26,6 +26,8 @@ EXTRAS["dev"] = [
     "onnx>=1.19",
     "onnxscript>=0.5",
     "optimum-quanto>=0.2.7",
+    "build>=1.2",
+    "mypy>=1.18",
     "parameterized>=0.9",
     "peft>=0.18",
     "psutil>=6.0",
@@ -33,6 +35,7 @@ EXTRAS["dev"] = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    "twine>=6.1",
 ]
 
 # `make docs`; its pages print the commands' help and draw figures, so it needs what those need.

@@ -1,4 +1,4 @@
-"""Prints what of the installed transformers is no longer as we use it: `make what-broke` installs the newest one first.
+"""Prints what of the installed transformers is no longer as we use it; `make what-broke` installs the newest first.
 
 It runs tests/test_transformers_contract.py, the list of all that we use of the libraries beyond what they promise, or
 the tests named on the command line, and prints one line for each finding. The exit status is 1 if there is any.
@@ -45,17 +45,10 @@ def said(report: pytest.TestReport) -> str:
 def main(tests: list[str]) -> int:
     """Run the tests and print what broke."""
     findings = Findings()
-    # Nothing of the terminal's reports, so nothing of the project's options for them.
-    quiet = [
-        "-p",
-        "no:terminal",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=--import-mode=importlib",
-        f"--rootdir={ROOT}",
-    ]
-    status = pytest.main([*quiet, *(tests or [str(CONTRACT)])], plugins=[findings])
+    # Without reports on the terminal the project's options for them are unknown.
+    options = ["-o", "addopts=--import-mode=importlib", f"--rootdir={ROOT}"]
+    options += ["-p", "no:terminal", "-p", "no:cacheprovider"]
+    status = pytest.main([*options, *(tests or [str(CONTRACT)])], plugins=[findings])
     print(", ".join(f"{name} {version(name)}" for name in LIBRARIES))
     for test, message in findings.broken.items():
         print(f"BROKE  {test.rpartition('::')[2]}: {message}")

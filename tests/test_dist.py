@@ -1,4 +1,4 @@
-"""What `make dist` builds: it holds the package alone, installs without a tool, and README's first programs run there."""
+"""What `make dist` builds: it holds the package alone and installs without tools, and README's first programs run."""
 
 import os
 import re

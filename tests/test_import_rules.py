@@ -18,7 +18,7 @@ PACKAGE = "hf_efficient"
 
 TOP_LEVEL_FILES = {
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"),
-    *("setup.py", "pyproject.toml", "constraints.txt", "Makefile", ".gitignore"),
+    *("setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "Makefile", ".gitignore"),
 }
 TOP_LEVEL_FOLDERS = {
     "hf_efficient",
