@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 distributed_run.py RESULTS
 
 RESULTS/rank_<r>.json gets, for each row and each of DDP and FSDP2, the losses of all steps (of the whole batch) and
-each parameter's sum of squares after training.
+each parameter's sum of squares after training; the error's text if there was one.
 """
 
 import gc
@@ -66,9 +66,13 @@ def share_out(model: nn.Module) -> nn.Module:
 
 
 def run(row: Row, wrap: type | object) -> dict:
-    """In this process's part of two."""
+    """In this process's part of two; what both refuse in the same way is the outcome too."""
     model = wrap(make_model(row))
-    total = torch.tensor(train(model, row, dist.get_rank(), dist.get_world_size()), dtype=torch.float64)
+    try:
+        losses = train(model, row, dist.get_rank(), dist.get_world_size())
+    except (RuntimeError, ValueError) as error:
+        return {"error": str(error)}
+    total = torch.tensor(losses, dtype=torch.float64)
     dist.all_reduce(total)
     return outcome(model, (total / dist.get_world_size()).tolist())
 

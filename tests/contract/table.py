@@ -158,6 +158,22 @@ LIMITS = [
         for check in ("device_map", "offload")
     ),
     Limit(
+        "fsdp2",
+        ("rnn_act",),
+        "Pondering takes single steps of the recurrent layers, which FSDP2 does not see; train it under DDP. The error "
+        "is torch's.",
+        "mixed torch.Tensor and DTensor",
+        RuntimeError,
+    ),
+    Limit(
+        "int8",
+        ("rnn",),
+        "The body holds no linear layer to quantise; nothing changes.",
+        "",
+        AssertionError,
+        ("Model",),
+    ),
+    Limit(
         "int8",
         ("xl_adaptive",),
         'An adaptive softmax is no plain linear layer; leave it as it is, with `exclude="lm_head"`. The error is '
