@@ -39,6 +39,13 @@ def code_of(path):
     return ["".join(cell["source"]) for cell in read(path) if cell["cell_type"] == "code"]
 
 
+def num_pictures(path):
+    """How many pictures a notebook shows, of which there are at least two."""
+    count = len(re.findall(r"^Image\(", "\n".join(code_of(path)), re.MULTILINE))
+    assert count >= 2
+    return count
+
+
 def run(path, folder, updates=None, **environment):
     """Run a notebook's code in a process of its own, training for `updates` steps; what it printed.
 
@@ -65,7 +72,7 @@ def run(path, folder, updates=None, **environment):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_with_a_short_training(path, tmp_path):
     printed = run(path, tmp_path, updates=2)
-    assert len(re.findall(r"^picture \w+\.png$", printed, re.MULTILINE)) == 2
+    assert len(re.findall(r"^picture \w+\.png$", printed, re.MULTILINE)) == num_pictures(path)
 
 
 @pytest.mark.slow
@@ -76,6 +83,34 @@ def test_universal_transformer_learns_the_puzzle_and_thinks_longer_about_far_box
     assert min(float(accuracy) for _, accuracy, _ in rows) > 90
     steps = [float(number) for _, _, number in rows]
     assert steps[0] + 1 < steps[2] < steps[5]
+
+
+@pytest.mark.slow
+def test_transformer_xl_reads_better_with_a_memory_and_reaches_as_far_as_its_layers_together(tmp_path):
+    printed = run(FOLDER / "transformer_xl.ipynb", tmp_path)
+    lengths = [int(number) for number in re.search(r"^memory +(\d.*)$", printed, re.MULTILINE)[1].split()]
+    values = re.search(r"^perplexity +(.*)$", printed, re.MULTILINE)[1].split()
+    perplexity = dict(zip(lengths, map(float, values), strict=True))
+    assert perplexity[0] > perplexity[4] > perplexity[32]
+    assert perplexity[64] < 0.85 * perplexity[0]
+    assert perplexity[64] < 70
+    reach = re.findall(r"^memory (\d+): a change is felt up to (\d+) tokens later", printed, re.MULTILINE)
+    assert [(int(length), int(far)) for length, far in reach] == [(16, 45), (32, 93), (64, 189)]
+
+
+@pytest.mark.slow
+def test_reformer_solves_the_task_and_finds_more_with_more_rounds(tmp_path):
+    printed = run(FOLDER / "reformer.ipynb", tmp_path)
+    assert "equal to the formula: True" in printed
+    rows = re.findall(r"^(\w+) +(\d) +accuracy +([\d.]+)% +recall +([\d.]+)%$", printed, re.MULTILINE)
+    accuracy = {(kind, int(rounds)): float(value) for kind, rounds, value, _ in rows}
+    assert min(accuracy["lsh", 4], accuracy["windowed_lsh", 8]) > 97
+    for wanted in ("lsh", "windowed_lsh"):
+        recall = [float(value) for kind, _, _, value in rows if kind == wanted]
+        assert len(recall) == 4
+        assert recall == sorted(recall)
+    kept = [float(value) for value in re.search(r"^reversible +(.*) MB$", printed, re.MULTILINE)[1].split()]
+    assert max(kept) < 1.1 * min(kept)
 
 
 def test_translation_reads_pairs_from_a_folder(tmp_path):
@@ -105,8 +140,8 @@ def test_stored_outputs_are_those_of_one_run_from_top_to_bottom(path):
     kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
     assert set(kinds) <= {"stream", "execute_result"}
     pictures = [output["data"]["image/png"] for cell in cells for output in cell["outputs"] if "data" in output]
-    assert len(pictures) == 2
-    assert path.stat().st_size < 200_000
+    assert len(pictures) == num_pictures(path)
+    assert path.stat().st_size < 250_000
     printed = "".join("".join(output.get("text", "")) for cell in cells for output in cell["outputs"])
     assert "/" not in re.sub(r"https?://\S+", "", printed), "outputs show a path of the machine they were made on"
     assert not any(output.get("name") == "stderr" for cell in cells for output in cell["outputs"])
