@@ -160,7 +160,7 @@ LIMITS = [
     Limit(
         "fsdp2",
         ("rnn_act",),
-        "Pondering takes single steps of the recurrent layers, which FSDP2 does not see; train it under DDP. The error "
+        "Pondering takes single steps of the recurrent layers, which FSDP2 does not see; use DDP. The error "
         "is torch's.",
         "mixed torch.Tensor and DTensor",
         RuntimeError,
