@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from site_contract import contract_models, contract_table, contract_versions
 from site_links import ROOT
+from site_tables import table
 
 BLOCK = re.compile(r"\{\{ (\w+)\(([^{}]*)\) \}\}")
 BENCHMARKS = ROOT / "benchmarks"
@@ -240,15 +242,7 @@ def summary(script: Path) -> str:
     return " ".join(docstring.split("\n\n")[0].split())
 
 
-# --- tables -----------------------------------------------------------------------------------------------
-
-
-def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
-    """A Markdown table; `align` has an l or r for each column. Bars inside code are no borders for Python-Markdown."""
-    marks = {"l": ":--", "r": "--:"}
-    lines = [header, [marks[letter] for letter in align.ljust(len(header), "l")], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
+# --- all of them -----------------------------------------------------------------------------------------
 
 BLOCKS = {
     "aliases_table": aliases_table,
@@ -257,6 +251,9 @@ BLOCKS = {
     "comparison": comparison,
     "comparisons": comparisons,
     "config_table": config_table,
+    "contract_models": contract_models,
+    "contract_table": contract_table,
+    "contract_versions": contract_versions,
     "figure": figure,
     "heads_table": heads_table,
     "measured": measured,
