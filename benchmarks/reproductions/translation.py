@@ -1,4 +1,4 @@
-"""Translation, English to German, Multi30k: the Evolved Transformer beside four others of its size.
+"""Translation, English to German, Multi30k: the Evolved Transformer beside five others of its size.
 
 So, Liang and Le 2019 (arXiv 1901.11117) found the Evolved Transformer ahead of the Transformer most clearly where
 models are small. All rows see the same batches of the same shared BPE in the same order, as often, with the same label
