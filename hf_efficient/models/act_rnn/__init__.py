@@ -7,7 +7,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_act_rnn import ActRnnCache
 from .configuration_act_rnn import ActRnnConfig
@@ -24,8 +23,6 @@ AutoModel.register(ActRnnConfig, ActRnnModel)
 AutoModelForCausalLM.register(ActRnnConfig, ActRnnForCausalLM)
 AutoModelForSequenceClassification.register(ActRnnConfig, ActRnnForSequenceClassification)
 AutoModelForTokenClassification.register(ActRnnConfig, ActRnnForTokenClassification)
-# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ActRnnConfig.model_type] = ActRnnForCausalLM.__name__
 
 __all__ = [
     "ActRnnCache",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .cache_act_rnn import ActRnnCache
@@ -175,6 +176,10 @@ class ActRnnForCausalLM(ActRnnHeadModel, GenerationMixin):
             model_kwargs["past_key_values"] = self.create_cache()
         else:
             model_kwargs["past_key_values"]._is_user_defined = True
+
+
+# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ActRnnConfig.model_type] = ActRnnForCausalLM.__name__
 
 
 class ActRnnForSequenceClassification(ActRnnHeadModel):

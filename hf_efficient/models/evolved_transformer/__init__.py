@@ -9,7 +9,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_evolved_transformer import EvolvedTransformerCache
 from .configuration_evolved_transformer import EvolvedTransformerConfig
@@ -37,8 +36,6 @@ MODELS = {
 AutoConfig.register(EvolvedTransformerConfig.model_type, EvolvedTransformerConfig)
 for auto_class, model_class in MODELS.items():
     auto_class.register(EvolvedTransformerConfig, model_class)
-# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[EvolvedTransformerConfig.model_type] = EvolvedTransformerForCausalLM.__name__
 
 __all__ = [
     "EvolvedTransformerCache",

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .configuration_evolved_transformer import EvolvedTransformerConfig
@@ -119,6 +120,10 @@ class EvolvedTransformerForCausalLM(
             attentions=outputs.attentions,
             **self._predict(outputs.last_hidden_state, shift_labels, logits_to_keep, num_items_in_batch),
         )
+
+
+# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[EvolvedTransformerConfig.model_type] = EvolvedTransformerForCausalLM.__name__
 
 
 # Copied from hf_efficient/models/reformer/encoder_decoder_reformer.py::shift_tokens_right

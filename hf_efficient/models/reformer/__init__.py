@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_reformer import ReformerCache
 from .configuration_reformer import ReformerConfig
@@ -55,9 +54,6 @@ if os.environ.get("HF_EFFICIENT_KEEP_UPSTREAM_REFORMER") != "1":
     for auto_class, model_class in MODELS.items():
         auto_class.register(ReformerConfig, model_class, exist_ok=True)
     AutoTokenizer.register(ReformerConfig, tokenizer_class=ReformerTokenizer, exist_ok=True)
-# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing. Under a key of its
-# own, because transformers looks for the class of its own `reformer` key in its own module.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hf_efficient_reformer"] = ReformerForCausalLM.__name__
 
 __all__ = [
     "ReformerCache",

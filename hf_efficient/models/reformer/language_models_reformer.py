@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .cache_reformer import ReformerCache
@@ -212,6 +213,11 @@ class ReformerForCausalLM(ReformerLMPreTrainedModel, ReformerGenerationMixin):
         if shift_labels is None and labels is not None:
             shift_labels = labels[:, 1:]
         return self._lm_output(outputs, shift_labels, logits_to_keep, num_items_in_batch)
+
+
+# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing. Under a key of its
+# own, because transformers looks for the class of its own `reformer` key in its own module.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hf_efficient_reformer"] = ReformerForCausalLM.__name__
 
 
 class ReformerForMaskedLM(ReformerLMPreTrainedModel):

@@ -8,7 +8,6 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_transformer_xl import TransformerXLCache
 from .configuration_transformer_xl import TransformerXLConfig
@@ -29,8 +28,6 @@ AutoModelForSequenceClassification.register(TransformerXLConfig, TransformerXLFo
 AutoModelForTokenClassification.register(TransformerXLConfig, TransformerXLForTokenClassification)
 # The second name is the one in tokenizer_config.json files of transformers 4.
 AutoTokenizer.register(TransformerXLConfig, TransformerXLTokenizer, slow_tokenizer_class=TransfoXLTokenizer)
-# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[TransformerXLConfig.model_type] = TransformerXLForCausalLM.__name__
 
 __all__ = [
     "TransformerXLCache",

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
@@ -521,6 +522,10 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
                 f"memory_init={config.memory_init!r} and same_length=False: a token checked together with others sees "
                 "more memory than one decoded alone. Set config.same_length=True, or a larger config.mem_len."
             )
+
+
+# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[TransformerXLConfig.model_type] = TransformerXLForCausalLM.__name__
 
 
 def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_universal_transformer import UniversalTransformerCache
 from .configuration_universal_transformer import UniversalTransformerConfig
@@ -57,8 +56,6 @@ MODELS = {
 AutoConfig.register(UniversalTransformerConfig.model_type, UniversalTransformerConfig)
 for auto_class, model_class in MODELS.items():
     auto_class.register(UniversalTransformerConfig, model_class)
-# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[UniversalTransformerConfig.model_type] = UniversalTransformerForCausalLM.__name__
 
 __all__ = [
     "UniversalTransformerCache",

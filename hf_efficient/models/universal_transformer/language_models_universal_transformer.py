@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .configuration_universal_transformer import UniversalTransformerConfig
@@ -118,6 +119,10 @@ class UniversalTransformerForCausalLM(
             fields = self._losses(predicted, shift_labels, outputs.ponder_loss, num_items_in_batch)
             logits = slice_logits_to_keep(logits, logits_to_keep)
         return head_output(UniversalTransformerCausalLMOutput, outputs, self.training, logits=logits, **fields)
+
+
+# The Trainer asks this table of names whether labels are shifted in the model, for label smoothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[UniversalTransformerConfig.model_type] = UniversalTransformerForCausalLM.__name__
 
 
 # Copied from hf_efficient/models/reformer/encoder_decoder_reformer.py::shift_tokens_right
