@@ -7,6 +7,8 @@ from site_links import ROOT
 from site_tables import table
 
 RESULTS = ROOT / "docs" / "site" / "contract.json"
+# What is no reason of the table, the worst first.
+MARKS = ("fails", "not run")
 
 
 def contract() -> dict[str, Any]:
@@ -45,28 +47,38 @@ def contract_table() -> str:
     return "\n\n".join([table(header, rows), notes] if notes else [table(header, rows)])
 
 
+def outcome(data: dict[str, Any], check: str, row: str) -> str:
+    """What a model did with all releases: "" if it passed, else a reason, or `fails`, `not run` and the releases.
+
+    A failure with one release counts more than what others found, and a run that is missing more than a pass.
+    """
+    found: dict[str, list[str]] = {}
+    for version, result in data["results"].items():
+        found.setdefault(result["cells"].get(check, {}).get(row, "not run"), []).append(version)
+    worst = next((mark for mark in MARKS if mark in found), max(found))
+    if len(found) == 1 or worst not in MARKS:
+        return worst
+    return f"{worst} ({', '.join(sorted(found[worst]))})"
+
+
 def cell(data: dict[str, Any], check: str, variant: str, reasons: list[str]) -> str:
     """`yes`, the number of a reason, `fails` or `not run`, with heads if not all; nothing if the check is not for it.
 
-    All versions count; a reason that is new is added to `reasons`.
+    A reason that is new is added to `reasons`.
     """
     found: dict[str, set[str]] = {}
     total = {row for row in data["asked"][check] if data["rows"][row][0] == variant}
-    for result in data["results"].values():
-        for row, outcome in result["cells"].get(check, {}).items():
-            if data["rows"][row][0] == variant:
-                found.setdefault(outcome, set()).add(row)
-    if missing := total - set().union(*found.values()):
-        found["not run"] = missing
+    for row in total:
+        found.setdefault(outcome(data, check, row), set()).add(row)
     parts = ["yes"] if "" in found else []
-    for outcome in sorted(found.keys() - {""}):
-        if outcome in ("fails", "not run"):
-            text = f"**{outcome}**"
+    for result in sorted(found.keys() - {""}):
+        if result.startswith(MARKS):
+            text = f"**{result}**"
         else:
-            if outcome not in reasons:
-                reasons.append(outcome)
-            text = f"no ({reasons.index(outcome) + 1})"
-        if found[outcome] != total:
-            text += ": " + ", ".join(sorted(f"`{row.partition('-')[2]}`" for row in found[outcome]))
+            if result not in reasons:
+                reasons.append(result)
+            text = f"no ({reasons.index(result) + 1})"
+        if found[result] != total:
+            text += ": " + ", ".join(sorted(f"`{row.partition('-')[2]}`" for row in found[result]))
         parts.append(text)
     return "; ".join(parts)
