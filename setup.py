@@ -68,7 +68,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["hf_efficient", "hf_efficient.*"]),
-    package_data={"hf_efficient": ["py.typed"], "hf_efficient.hub": ["*.md"]},
+    package_data={"hf_efficient": ["py.typed"], "hf_efficient.hub": ["*.md", "*.txt"]},
     python_requires=">=3.10",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

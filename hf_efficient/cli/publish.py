@@ -25,7 +25,12 @@ class PublishOptions:
         metadata={"help": "Make the new repository private, or not", "nargs": "?", "const": True},
     )
     exist_ok: bool = field(default=False, metadata={"help": "Add a commit to a repository that holds files already"})
-    revision: str | None = field(default=None, metadata={"help": "Branch, made if it is missing"})
+    create_pr: bool = field(
+        default=False, metadata={"help": "Propose the commit as a pull request, also to a repository of someone else"}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, made if it is missing, or a pull request such as refs/pr/1"}
+    )
     commit_message: str | None = field(default=None, metadata={"help": "Title of the commit"})
 
 
@@ -41,6 +46,7 @@ def run(invocation: Invocation) -> None:
         dry_run=options.dry_run,
         private=options.private,
         exist_ok=options.exist_ok,
+        create_pr=options.create_pr,
         revision=options.revision,
         commit_message=options.commit_message,
     )

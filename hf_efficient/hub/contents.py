@@ -10,10 +10,10 @@ from typing import Any
 
 from .card_checks import CARD, card_hints, read_card, shown_pictures
 from .ignore_rules import Rule, card_rules, ignore_rules
-from .remote_code import architecture_classes, code_files, reference_to, tokenizer_class
+from .remote_code import CODE_LICENSE, architecture_classes, code_files, reference_to, tokenizer_class
 from .weight_files import is_training_state, refuse_pickle, weight_files
 
-CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER_CONFIG, ADAPTER_CONFIG = "config.json", "tokenizer_config.json", "adapter_config.json"
 # Everything a model repository is made of, beside weights, card, pictures and code.
 PARTS = (
     *(CONFIG, "generation_config.json", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
@@ -57,7 +57,7 @@ class Upload:
 
 @dataclass
 class Contents:
-    """files: what goes, by name. left_out: what stays, with the reason. hints: what the card could say better."""
+    """files: what goes, by name. left_out: what stays, with the reason. hints: what could be better."""
 
     files: dict[str, Upload] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def collect_contents(folder: Path, with_code: bool) -> Contents:
     card = read_card(folder)
     pictures = shown_pictures(card, folder)
     rules = [*ignore_rules(folder), *card_rules(card.data.to_dict().get("exclude"), folder)]
-    contents = Contents(hints=card_hints(card))
+    contents = Contents(hints=tuple(f"{CARD}: {hint}" for hint in card_hints(card)))
     weights = weight_files(folder)
     for name in [*sorted(path.name for path in folder.iterdir()), *(name for name in pictures if "/" in name)]:
         path = folder / name
@@ -97,6 +97,8 @@ def collect_contents(folder: Path, with_code: bool) -> Contents:
         else:
             contents.left_out[name + "/" * path.is_dir()] = reason
     check_parts(contents, [CONFIG, CARD, *weights], folder)
+    if TOKENIZER_CONFIG not in contents.files:
+        contents.hints += ("no tokenizer, so no pipeline works; save it into the folder too, by its save_pretrained",)
     adapt_configurations(contents, with_code)
     check_secrets(contents)
     return contents
@@ -109,10 +111,13 @@ def check_folder(folder: Path) -> None:
             f"folder={str(folder)!r} is no folder; give the one that training or save_pretrained wrote."
         )
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"folder={str(folder)!r} holds no {CONFIG}; give a folder that training or save_pretrained wrote. "
-            "An adapter is merged into its model first."
-        )
+        mend = "give a folder that training or save_pretrained wrote"
+        checkpoints = sorted(folder.glob(f"checkpoint-*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
+        if checkpoints:
+            mend = f"give one of its checkpoints, such as {str(checkpoints[-1].parent)!r}"
+        if (folder / ADAPTER_CONFIG).is_file():
+            mend = "it is an adapter, so merge it and save the whole model: model.merge_and_unload().save_pretrained"
+        raise FileNotFoundError(f"folder={str(folder)!r} holds no {CONFIG}; {mend}.")
 
 
 def reason_to_stay(path: Path, name: str, rules: list[Rule], with_code: bool) -> str | None:
@@ -156,7 +161,7 @@ def adapt_configurations(contents: Contents, with_code: bool) -> None:
         )
         shipped |= set() if own is None else {own}
     for name, source in code_files(shipped).items():
-        contents.add(name, source, "code of the architecture")
+        contents.add(name, source, "licence of the code" if name == CODE_LICENSE else "code of the architecture")
 
 
 def read_json(upload: Upload) -> dict[str, Any]:

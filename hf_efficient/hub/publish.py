@@ -37,8 +37,8 @@ class Publication:
     """What `publish` sends, or has sent; `print` shows it as a list.
 
     repo_id: where it goes. files: what goes, by name. left_out: what of the folder stays, with the reason.
-    hints: what the card could say better. removed: weights of an earlier commit that are deleted. url: of the commit,
-    None as long as nothing was sent.
+    hints: what could be better. removed: weights of an earlier commit that are deleted. url: of the commit or pull
+    request, None as long as nothing was sent.
     """
 
     repo_id: str
@@ -65,7 +65,7 @@ class Publication:
             lines.append("Stays here:")
             lines += [f"  {name:<{width}}  {reason}" for name, reason in self.left_out.items()]
         if self.hints:
-            lines.append(f"Worth a look in {CARD}:")
+            lines.append("Worth a look:")
             lines += [f"  {hint}" for hint in self.hints]
         return "\n".join(lines)
 
@@ -79,6 +79,7 @@ def publish(
     revision: str | None = None,
     commit_message: str | None = None,
     exist_ok: bool = False,
+    create_pr: bool = False,
     dry_run: bool = False,
     token: str | None = None,
 ) -> Publication:
@@ -94,9 +95,10 @@ def publish(
     with_code: also upload the architecture's code, so that every Auto class loads the model with
         `trust_remote_code=True` where hf_efficient is not installed.
     private: whether a new repository is private; None leaves it to the account's setting.
-    revision: the branch, made if it is missing; None means main.
+    revision: the branch, made if it is missing, or a pull request, such as "refs/pr/1"; None means main.
     exist_ok: add a commit to a repository of yours that holds other files already. One that is empty, as an
         interrupted attempt leaves it, needs no permission.
+    create_pr: propose the commit as a pull request on the Hub; the repository may be another's.
     dry_run: check and print all that can be checked without the Hub; nothing is sent, not even a question.
     token: of the account; None takes the one in HF_TOKEN or of `hf auth login`.
 
@@ -113,6 +115,8 @@ def publish(
     folder = Path(folder)
     check_repo_id(repo_id)
     check_token(token)
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"create_pr=True proposes to main, so revision={revision!r} must be left out.")
     contents = collect_contents(folder, with_code)
     rename_in_card(contents, repo_id, with_code)
     publication = Publication(repo_id, dict(sorted(contents.files.items())), contents.left_out, contents.hints)
@@ -126,17 +130,20 @@ def publish(
         repo_id = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
         rename_in_card(contents, repo_id, with_code)
         publication = replace(publication, repo_id=repo_id, files=dict(sorted(contents.files.items())))
-        prepare_repository(api, repo_id, owners(account), private)
+        to_pull_request = revision is not None and revision.startswith("refs/")
+        proposes = create_pr or to_pull_request
+        prepare_repository(api, repo_id, None if proposes else owners(account), private)
         there = files_there(api, repo_id, revision)
-        if there and not exist_ok:
+        if there and not (exist_ok or proposes):
             check_same(there, publication)
-        if revision is not None:
+        if revision is not None and not proposes:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        publication = replace(publication, removed=stale_weights(there, publication))
+        publication = compare(publication, there)
         print(publication)
-        commit = send(api, publication, revision, commit_message or f"Upload {folder.resolve().name}")
+        message = commit_message or f"Upload {folder.resolve().name}"
+        commit = send(api, publication, message, revision=revision, create_pr=create_pr)
         check_arrival(api, publication, commit)
-    return replace(publication, url=commit.commit_url)
+    return replace(publication, url=commit.pr_url if create_pr else commit.commit_url)
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -168,21 +175,27 @@ def owners(account: dict[str, Any]) -> set[str]:
     return {account["name"], *(organisation["name"] for organisation in account.get("orgs", []))}
 
 
-def prepare_repository(api: HfApi, repo_id: str, names: set[str], private: bool | None) -> None:
+def prepare_repository(api: HfApi, repo_id: str, names: set[str] | None, private: bool | None) -> None:
     """Make the repository if it is missing.
 
-    names: the owners under whose names the account may publish.
+    names: the owners under whose names the account may publish; None for a pull request, which may go to anyone.
 
-    Raises FileExistsError if the repository is another's; ValueError if it is there and not as `private` says.
+    Raises FileExistsError if the repository is another's; FileNotFoundError if a pull request has none to go to;
+    ValueError if it is there and not as `private` says.
     """
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
+        if names is None:
+            raise FileNotFoundError(
+                f"repo_id={repo_id!r} is no repository that a pull request could go to; publish without create_pr."
+            ) from None
         api.create_repo(repo_id, private=private, exist_ok=False)
         return
-    if repo_id.partition("/")[0] not in names:
+    if names is not None and repo_id.partition("/")[0] not in names:
         raise FileExistsError(
-            f"repo_id={repo_id!r} is taken, and not yours; choose a name under {' or '.join(sorted(names))}."
+            f"repo_id={repo_id!r} is taken, and not yours; choose a name under {' or '.join(sorted(names))}, or pass "
+            "create_pr=True (--create_pr) to propose the model to its owner."
         )
     if private is not None and info.private != private:
         raise ValueError(
@@ -224,19 +237,30 @@ def is_same(entry: RepoFile, upload: Upload) -> bool:
     return entry.blob_id == sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
 
 
-def stale_weights(there: dict[str, RepoFile], publication: Publication) -> tuple[str, ...]:
-    """Weights in the repository that the new commit does not replace."""
+def compare(publication: Publication, there: dict[str, RepoFile]) -> Publication:
+    """The publication with what it changes in the repository: files replaced, weights that would be left over."""
     weights = {name for name in there if any(fnmatchcase(name, pattern) for pattern in WEIGHTS)}
-    return tuple(sorted(weights - publication.files.keys()))
+    files = {
+        name: with_note(upload, "unchanged" if is_same(there[name], upload) else "replaces the one there")
+        if name in there
+        else upload
+        for name, upload in publication.files.items()
+    }
+    return replace(publication, files=files, removed=tuple(sorted(weights - files.keys())))
 
 
-def send(api: HfApi, publication: Publication, revision: str | None, message: str) -> CommitInfo:
-    """Upload all files, then make them visible by one commit."""
+def with_note(upload: Upload, note: str) -> Upload:
+    """The same file, with one more note on it."""
+    return replace(upload, note=", ".join(filter(None, [upload.note, note])))
+
+
+def send(api: HfApi, publication: Publication, message: str, **where: Any) -> CommitInfo:
+    """Upload all files, then make them visible by one commit; where: branch or pull request."""
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(upload.name, upload.content) for upload in publication.files.values()
     ]
     operations += [CommitOperationDelete(name) for name in publication.removed]
-    return api.create_commit(publication.repo_id, operations, commit_message=message, revision=revision)
+    return api.create_commit(publication.repo_id, operations, commit_message=message, **where)
 
 
 def check_arrival(api: HfApi, publication: Publication, commit: CommitInfo) -> None:

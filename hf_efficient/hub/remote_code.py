@@ -19,6 +19,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .model_card import PAPERS
 
 MODELS = f"{__package__.rpartition('.')[0]}.models"
+# The licence of the code, which need not be that of the model beside it.
+CODE_LICENSE = "LICENSE.hf_efficient"
 Class = TypeVar("Class")
 
 
@@ -78,9 +80,10 @@ def reference_to(cls: type) -> str:
 def code_files(classes: Iterable[type]) -> dict[str, bytes]:
     """Name and content of every file that classes are defined in, and of all that these import from their folder.
 
-    Each says on top where it comes from, and its licence.
+    Each says on top where it comes from, and its licence, whose text goes along. No classes need no files.
     """
     modules = {getfile(cls) for cls in classes}
     sources = modules | {source for module in modules for source in get_relative_import_files(module)}
     note = f"# Part of hf_efficient {version('hf_efficient')}. SPDX-License-Identifier: Apache-2.0\n".encode()
-    return {Path(source).name: note + Path(source).read_bytes() for source in sorted(sources)}
+    files = {Path(source).name: note + Path(source).read_bytes() for source in sorted(sources)}
+    return files | ({CODE_LICENSE: Path(__file__).with_name("code_license.txt").read_bytes()} if files else {})

@@ -17,12 +17,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopback"
 READ_ONLY_TOKEN = "hf_only_reads"
 USER = "tester"
 TEAM = "team"
+PULL_REQUEST = "refs/pr/"
 LARGE = (".safetensors", ".model", ".png")
 
 
@@ -203,10 +204,18 @@ class Handler(BaseHTTPRequestHandler):
         if self.token not in (TOKEN, READ_ONLY_TOKEN):
             raise HubError(401, "Invalid username or password.")
 
-    def need_write(self, owner: str) -> None:
+    def need_write(self, owner: str, branch: str = "") -> None:
+        """Everyone with a token may propose to others' repositories."""
         self.need_token()
-        if self.token == READ_ONLY_TOKEN or owner not in (USER, TEAM):
+        if not (self.creates_pr or branch.startswith(PULL_REQUEST)) and (
+            self.token == READ_ONLY_TOKEN or owner not in (USER, TEAM)
+        ):
             raise HubError(403, "You don't have the rights to write under this namespace")
+
+    @property
+    def creates_pr(self) -> bool:
+        """Whether the request's commit is to become a pull request."""
+        return "create_pr" in parse_qs(urlsplit(self.path).query)
 
     def repository(self, name: str) -> Repository:
         repository = self.hub.repositories.get(name)
@@ -258,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({})
 
     def plan_upload(self, name: str, branch: str) -> None:
-        self.need_write(name.partition("/")[0])
+        self.need_write(name.partition("/")[0], branch)
         present = self.repository(name).commits[self.sha(name, branch)]
         ignored = present.get(".gitignore", b"").decode().splitlines()
         files = []
@@ -272,7 +281,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"files": files})
 
     def plan_blobs(self, name: str) -> None:
-        self.need_write(name.partition("/")[0])
+        self.need_token()
         objects = []
         for wish in json.loads(self.body)["objects"]:
             entry = {"oid": wish["oid"], "size": wish["size"]}
@@ -295,7 +304,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({})
 
     def commit(self, name: str, branch: str) -> None:
-        self.need_write(name.partition("/")[0])
+        self.need_write(name.partition("/")[0], branch)
         repository = self.repository(name)
         files, title = dict(repository.commits[self.sha(name, branch)]), ""
         for line in self.body.splitlines():
@@ -311,8 +320,13 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise HubError(400, f"unknown operation {item['key']}")
-        sha = repository.commit(branch, files, title)
-        self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}"})
+        page, number = (
+            f"{self.hub.endpoint}/{name}",
+            1 + sum(ref.startswith(PULL_REQUEST) for ref in repository.branches),
+        )
+        sha = repository.commit(f"{PULL_REQUEST}{number}" if self.creates_pr else branch, files, title)
+        reply = {"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}"}
+        self.reply(reply | ({"pullRequestUrl": f"{page}/discussions/{number}"} if self.creates_pr else {}))
 
     def tree(self, name: str, revision: str) -> None:
         entries = []
@@ -336,8 +350,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(data[first : last + 1], status=206, **headers)
 
 
-NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
-BRANCH, PATH = r"(?P<branch>[^/]+)", r"(?P<path>.+)"
+NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>refs/pr/\d+|[^/]+)"
+BRANCH, PATH = r"(?P<branch>refs/pr/\d+|[^/]+)", r"(?P<path>.+)"
 ROUTES = (
     ({"GET"}, "/api/whoami-v2", Handler.whoami),
     ({"POST"}, "/api/validate-yaml", Handler.validate_card),

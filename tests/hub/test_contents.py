@@ -206,6 +206,26 @@ def test_missing_parts(folder, name):
         collect_contents(folder, with_code=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("checkpoint-20/config.json", "give one of its checkpoints, such as .*checkpoint-20"),
+        ("adapter_config.json", "it is an adapter, .*merge_and_unload"),
+    ],
+)
+def test_folder_with_something_else_than_a_model(tmp_path, name, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"holds no config.json; {words}"):
+        collect_contents(tmp_path, with_code=False)
+
+
+def test_missing_tokenizer_is_mentioned(folder):
+    assert not any("tokenizer" in hint for hint in collect_contents(folder, with_code=False).hints)
+    (folder / "tokenizer_config.json").unlink()
+    assert any("no tokenizer" in hint for hint in collect_contents(folder, with_code=False).hints)
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder"):
         collect_contents(tmp_path / "absent", with_code=False)

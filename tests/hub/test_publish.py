@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -68,7 +69,8 @@ def test_code_goes_along(hub, folder):
     publish(folder, f"{TEAM}/mine", with_code=True)
     files = hub.files(f"{TEAM}/mine")
     code = {name for name in files if name.endswith(".py")}
-    assert files.keys() - code == PARTS
+    assert files.keys() - code == PARTS | {"LICENSE.hf_efficient"}
+    assert files["LICENSE.hf_efficient"] == (Path(__file__).parents[2] / "LICENSE").read_bytes()
     assert {"configuration_transformer_xl.py", "modeling_transformer_xl.py", "cache_transformer_xl.py"} <= code
     assert not any("reference" in name or name == "__init__.py" for name in code)
     assert all(b"SPDX-License-Identifier: Apache-2.0" in files[name].splitlines()[0] for name in code)
@@ -96,6 +98,32 @@ def test_private_and_branch_and_message(hub, folder):
     assert hub.files(NAME) == {}
     assert hub.files(NAME, "trial").keys() == PARTS
     assert hub.repositories[NAME].titles[-1] == "First try"
+
+
+def test_pull_request_to_the_repository_of_someone_else(hub, folder, capsys):
+    hub.repositories["other/mine"] = Repository()
+    hub.repositories["other/mine"].commit("main", {"notes.txt": b"theirs"}, "first")
+    publication = publish(folder, "other/mine", create_pr=True)
+    assert publication.url == f"{hub.endpoint}/other/mine/discussions/1"
+    assert hub.files("other/mine").keys() == {"notes.txt"}
+    assert hub.files("other/mine", "refs/pr/1").keys() == PARTS | {"notes.txt"}
+
+    (folder / "generation_config.json").write_text("{}")
+    capsys.readouterr()
+    publish(folder, "other/mine", revision="refs/pr/1")
+    assert hub.files("other/mine", "refs/pr/1")["generation_config.json"] == b"{}"
+    printed = capsys.readouterr().out
+    assert re.search(r"generation_config\.json .*  replaces the one there", printed)
+    assert re.search(r"model\.safetensors .*  unchanged", printed)
+    assert hub.files("other/mine").keys() == {"notes.txt"}
+
+
+def test_pull_request_that_cannot_be(hub, folder):
+    with pytest.raises(FileNotFoundError, match="'other/mine' is no repository that a pull request"):
+        publish(folder, "other/mine", create_pr=True)
+    with pytest.raises(ValueError, match="revision='trial' must be left out"):
+        publish(folder, "other/mine", create_pr=True, revision="trial", dry_run=True)
+    assert hub.repositories == {}
 
 
 # --- what never leaves ----------------------------------------------------------------------------------------
@@ -223,7 +251,7 @@ def test_token(hub, folder, monkeypatch, token, words):
 def test_name_of_someone_else(hub, folder):
     hub.repositories["other/mine"] = Repository()
     with pytest.raises(
-        FileExistsError, match="'other/mine' is taken, and not yours; choose a name under team or tester"
+        FileExistsError, match="'other/mine' is taken, and not yours; choose a name under team or tester, .*create_pr"
     ):
         publish(folder, "other/mine", exist_ok=True)
     with pytest.raises(PermissionError, match="'other/new': the token may not write"):

@@ -217,7 +217,7 @@ class ReformerForCausalLM(ReformerLMPreTrainedModel, ReformerGenerationMixin):
 
 # The Trainer asks this table of names whether labels are shifted in the model, for label smoothing. Under a key of its
 # own, because transformers looks for the class of its own `reformer` key in its own module.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hf_efficient_reformer"] = ReformerForCausalLM.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["efficient_reformer"] = ReformerForCausalLM.__name__
 
 
 class ReformerForMaskedLM(ReformerLMPreTrainedModel):
