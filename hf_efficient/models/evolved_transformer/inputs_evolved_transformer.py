@@ -91,6 +91,7 @@ def check_mask(attention_mask: Tensor | None, embeds: Tensor, num_seen: int) -> 
     return mask
 
 
+# Copied from hf_efficient/models/universal_transformer/inputs_universal_transformer.py::check_whole_mask
 def check_whole_mask(attention_mask: Tensor, num_queries: int, num_keys: int) -> None:
     """Refuse a mask of four dimensions that is not (B or 1, H or 1, num_queries or 1, num_keys), bool or added."""
     is_known = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()

@@ -93,6 +93,18 @@ def check_mask(attention_mask: Tensor | None, embeds: Tensor, num_seen: int) -> 
     return mask
 
 
+def check_whole_mask(attention_mask: Tensor, num_queries: int, num_keys: int) -> None:
+    """Refuse a mask of four dimensions that is not (B or 1, H or 1, num_queries or 1, num_keys), bool or added."""
+    is_known = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    fits = attention_mask.shape[2] in (1, num_queries) and attention_mask.shape[3] == num_keys
+    if not is_known or not (fits or torch.compiler.is_compiling()):
+        raise ValueError(
+            f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}, but one of four "
+            f"dimensions must be (batch, 1, {num_queries}, {num_keys}): bool, True where a token looks, or numbers to "
+            "be added to the scores."
+        )
+
+
 def check_encoder_states(
     states: Tensor | None, attention_mask: Tensor | None, batch_size: int, config: UniversalTransformerConfig
 ) -> None:
@@ -254,6 +266,7 @@ __all__ = [
     "check_packed_texts",
     "check_positions",
     "check_tokens",
+    "check_whole_mask",
     "choose_depth",
     "default_positions",
     "random_depth",

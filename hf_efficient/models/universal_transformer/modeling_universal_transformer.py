@@ -21,6 +21,7 @@ from .inputs_universal_transformer import (
     check_packed_texts,
     check_positions,
     check_tokens,
+    check_whole_mask,
     choose_depth,
     default_positions,
     random_depth,
@@ -88,8 +89,12 @@ class EmbeddedStack(UniversalTransformerStack):
         )
         own_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         num_seen = 0 if own_cache is None else own_cache.get_seq_length()
-        mask, is_whole = None, attention_mask is not None and attention_mask.ndim == 4
-        if not is_whole:
+        mask = None
+        if attention_mask is not None and attention_mask.ndim == 4:
+            # A static cache has room for tokens to come, which its masks cover too.
+            num_keys = embeds.shape[1] if own_cache is None else own_cache.get_mask_sizes(embeds.shape[1], 0)[0]
+            check_whole_mask(attention_mask, embeds.shape[1], num_keys)
+        else:
             attention_mask = mask = check_mask(attention_mask, embeds, num_seen)
         are_default = position_ids is None
         if are_default:
@@ -159,8 +164,16 @@ class UniversalTransformerDecoder(EmbeddedStack):
         if self.has_cross_attention:
             check_encoder_states(encoder_hidden_states, encoder_attention_mask, embeds.shape[0], self.config)
             call.encoder_states = encoder_hidden_states
-            call.cross_mask = cross_attention_mask(self.config, embeds, encoder_hidden_states, encoder_attention_mask)
+            call.cross_mask = self._cross_mask(embeds, encoder_attention_mask, encoder_hidden_states)
         return self.run(embeds, call)
+
+    def _cross_mask(self, embeds: Tensor, attention_mask: Tensor | None, encoder_states: Tensor) -> Tensor | None:
+        """The mask of attention from (B, L, D) to (B, S, D), of one (B, S) or of four dimensions."""
+        if attention_mask is not None and attention_mask.ndim == 4:
+            check_whole_mask(attention_mask, embeds.shape[1], encoder_states.shape[1])
+        else:
+            attention_mask = check_mask(attention_mask, encoder_states, num_seen=0)
+        return cross_attention_mask(self.config, embeds, encoder_states, attention_mask)
 
     def _open_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to read and add to, or None."""

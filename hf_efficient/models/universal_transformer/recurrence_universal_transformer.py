@@ -132,14 +132,24 @@ class UniversalTransformerStack(nn.Module):
         call.memories = [self._memory(block, index, call) for index, block in enumerate(blocks)]
 
     def _memory(self, block: UniversalTransformerBlock, index: int, call: StackCall) -> Keys | None:
-        """Keys and values (B, H, S, K) of the encoder for a block; computed once for all steps and all tokens."""
+        """Keys and values (B, H, S, K) of the encoder for a block; computed once for all steps and all tokens.
+
+        Raises:
+            ValueError: the cache was begun with a source of another length.
+        """
         if not self.has_cross_attention:
             return None
         if not isinstance(call.cache, EncoderDecoderCache):
             return block.project_memory(call.encoder_states)
         cache = call.cache.cross_attention_cache
         if call.cache.is_updated.get(index):
-            return cache.layers[index].keys, cache.layers[index].values
+            keys, values = cache.layers[index].keys, cache.layers[index].values
+            if keys.shape[2] != call.encoder_states.shape[1]:
+                raise ValueError(
+                    f"past_key_values holds keys of {keys.shape[2]} encoder positions, but the encoder's states have "
+                    f"{call.encoder_states.shape[1]}; pass a new cache for another source."
+                )
+            return keys, values
         memory = cache.update(*block.project_memory(call.encoder_states), index)
         call.cache.is_updated[index] = True
         return memory

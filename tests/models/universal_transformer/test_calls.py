@@ -88,6 +88,11 @@ BAD_CALLS = [
     ({"inputs_embeds": torch.zeros(2, 5, 7)}, r"inputs_embeds is torch.float32 of shape \(2, 5, 7\).*length, 8\)"),
     ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 4)}, r"\(2, 4\), but must be \(2, 5\)"),
     ({"input_ids": random_ids(2, 5), "attention_mask": torch.full((2, 5), -1e9)}, "attention_mask holds -1.*give 1"),
+    (
+        {"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.int64)},
+        r"torch.int64 of shape \(2, 1, 5, 5\).*\(batch, 1, 5, 5\): bool",
+    ),
+    ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 1, 5, 4)}, r"\(2, 1, 5, 4\).*\(batch, 1, 5, 5\)"),
     ({"input_ids": random_ids(2, 5), "position_ids": torch.arange(4)[None]}, r"\(1, 4\).*\(2, 5\) or \(1, 5\)"),
     ({"input_ids": random_ids(2, 5), "position_ids": torch.arange(5)[None] - 1}, "begins at -1; give numbers from 0"),
     ({"input_ids": random_ids(1, 5), "num_steps": 0}, "num_steps=0 is no number of steps.*from 1"),
@@ -142,8 +147,34 @@ def test_encoder_s_output_must_fit():
     states = torch.zeros(2, 5, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 9\).*\(2, 5, 8\)"):
         model(encoder_outputs=(states,), attention_mask=torch.ones(2, 9), decoder_input_ids=ids)
+    with pytest.raises(ValueError, match="attention_mask holds -1.*give 1 for tokens"):
+        model(encoder_outputs=(states,), attention_mask=torch.full((2, 5), -1e9), decoder_input_ids=ids)
+    with pytest.raises(ValueError, match=r"\(2, 1, 5, 5\).*\(batch, 1, 4, 5\)"):
+        model(encoder_outputs=(states,), attention_mask=torch.ones(2, 1, 5, 5).bool(), decoder_input_ids=ids)
     with pytest.raises(ValueError, match="length, 8"):
         model(encoder_outputs=(states[..., :3],), decoder_input_ids=ids)
+
+
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_for_the_source():
+    model, source, target = seq2seq_model(), random_ids(2, 6), random_ids(2, 4, seed=3)
+    states = model.get_encoder()(source).last_hidden_state
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    expected = model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=target).logits
+    for whole in (mask.bool(), (1.0 - mask.double()) * -1e9):
+        given = whole[:, None, None].expand(-1, 1, 4, -1)
+        logits = model(encoder_outputs=(states,), attention_mask=given, decoder_input_ids=target).logits
+        torch.testing.assert_close(logits, expected, **EXACT)
+    every = model(encoder_outputs=(states,), decoder_input_ids=target).logits
+    assert (every - expected).abs()[0].max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_cache_of_another_source_is_refused():
+    model, target = seq2seq_model(), random_ids(2, 4, seed=3)
+    cache = model(random_ids(2, 6), decoder_input_ids=target).past_key_values
+    with pytest.raises(ValueError, match="6 encoder positions.*states have 5; pass a new cache"):
+        model(random_ids(2, 5), decoder_input_ids=target, past_key_values=cache)
 
 
 def test_learned_positions_end():
