@@ -1,6 +1,7 @@
 """A model card from a finished run: every figure in it comes from the run's own report.json."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,7 @@ def write_model_card(
         leaks=LEAKY_LAYER in read_layer_types(folder),
         model_name=folder.resolve().name,
         results=result_rows(report),
+        progress=progress_rows(report),
         settings=settings_rows(report["settings"]),
         text=TEXTS.get(text, text),
         pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
@@ -272,6 +274,23 @@ def result_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if "bits_per_byte_without_memory" in report:
         rows.append(("Bits per byte, memory off", f"{report['bits_per_byte_without_memory']:.4f}"))
     return rows
+
+
+def progress_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Updates and figures of each validation while training, under their header; [] if there was one at most.
+
+    Of many validations about ten are shown, evenly spread, the last among them.
+    """
+    entries = {entry["step"]: entry for entry in report.get("history", []) if "eval_loss" in entry}
+    if len(entries) < 2:
+        return []
+    metrics = [metric for metric in task_of(report).metrics if all(f"eval_{metric[0]}" in e for e in entries.values())]
+    rows = [
+        (f"{step:,}", *(form.format(entry[f"eval_{key}"]) for key, _, _, form in metrics))
+        for step, entry in sorted(entries.items())
+    ]
+    shown = rows[:: -math.ceil(len(rows) / 10)]
+    return [("Updates", *(label for _, _, label, _ in metrics)), *reversed(shown)]
 
 
 def settings_rows(settings: dict[str, Any]) -> list[tuple[str, str]]:

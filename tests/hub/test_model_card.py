@@ -127,6 +127,30 @@ def test_pictures_sample_and_memory_results_when_there_are_any(run_folder):
     assert "````text\nThe\n```\nend\n````" in text
 
 
+@pytest.mark.parametrize(
+    ("steps", "shown"),
+    [
+        ([], []),
+        ([500], []),
+        ([1000, 1000], []),
+        ([500, 1000], [500, 1000]),
+        (range(10, 260, 10), range(10, 260, 30)),  # 25 of them
+    ],
+)
+def test_course_of_the_validation(run_folder, steps, shown):
+    history = [{"step": 5, "loss": 9.0}]
+    history += [
+        {"step": step, "eval_loss": 2.5, "eval_perplexity": 12.1825, "eval_bits_per_byte": step / 100}
+        for step in steps
+    ]
+    write_report(run_folder, REPORT | {"history": history})
+    text = write_model_card(run_folder).read_text("utf-8")
+    lines = [f"| {step:,} | 2.5000 | 12.18 | {step / 100:.4f} |" for step in shown]
+    assert ("While training" in text) is bool(lines)
+    header = "| Updates | Loss (nats per token) | Perplexity per token | Bits per byte |\n|---|---|---|---|\n"
+    assert not lines or header + "\n".join(lines) + "\n\n## How to use it" in text
+
+
 def test_reformer_card_names_its_paper_and_the_leak_of_its_layers(run_folder):
     validation = {name: value for name, value in REPORT["validation"].items() if name != "mem_len"}
     write_report(run_folder, REPORT | {"architecture": "reformer", "validation": validation})
