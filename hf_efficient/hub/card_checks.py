@@ -29,7 +29,8 @@ def read_card(folder: Path) -> ModelCard:
     if not path.is_file():
         raise FileNotFoundError(
             f"folder={str(folder)!r} holds no card, {CARD}; write one that says what the model is, how it was trained "
-            "and how good it is (hf_efficient.hub.write_model_card makes one from a finished run)."
+            "and how good it is: hf_efficient.hub.write_model_card makes one from a run of `hf-efficient train`, "
+            "write_trainer_card from one of transformers' Trainer."
         )
     if not HEADER.search(path.read_text("utf-8-sig", errors="replace")):
         raise ValueError(f"{path} begins with no metadata; put `license: apache-2.0` and the like between two ---.")

@@ -256,7 +256,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, name: str, revision: str | None = None) -> None:
         repository, sha = self.repository(name), self.sha(name, revision or "main")
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
-        self.reply({"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings})
+        reply = {"id": name, "modelId": name, "sha": sha, "private": repository.private, "tags": []}
+        self.reply(reply | {"siblings": siblings})
 
     def create_branch(self, name: str, branch: str) -> None:
         self.need_write(name.partition("/")[0])
