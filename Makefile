@@ -63,7 +63,7 @@ docs: $(VENV)/.installed-docs ## the documentation site, in build/docs; any warn
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 
 notebooks: $(VENV)/.installed-notebooks ## run all notebooks from top to bottom; a cell that fails is an error
-	$(BIN)/python notebooks/execute.py
+	$(BIN)/python notebooks/execute.py --jobs $(JOBS)
 
 bench: $(VENV)/.installed-dev ## one benchmark: make bench NAME=xl_decode
 	$(BIN)/python benchmarks/run.py $(NAME)

@@ -42,7 +42,7 @@ EXTRAS["dev"] = [
 EXTRAS["docs"] = [*EXTRAS["train"], *EXTRAS["plots"], "mkdocs-material>=9.6,<10", "mkdocstrings-python>=1.16"]
 
 # `make notebooks`
-EXTRAS["notebooks"] = [*EXTRAS["train"], *EXTRAS["plots"], "ipykernel>=6.29", "nbclient>=0.10"]
+EXTRAS["notebooks"] = [*EXTRAS["train"], *EXTRAS["plots"], "ipykernel>=6.29", "nbclient>=0.10", "peft>=0.18"]
 
 setup(
     name="hf_efficient",

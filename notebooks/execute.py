@@ -8,21 +8,23 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 FOLDER = Path(__file__).parent
 SECONDS = 600  # for one cell; a notebook takes one or two minutes
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a new run. Raises CellExecutionError if a cell fails."""
+    """The notebook with the outputs of a new run. Raises what nbclient does if a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": folder}})
+        client.extra_arguments = ["--log-level=ERROR"]  # the kernel warns of other users of the machine
         client.record_timing = False
         client.execute()
     # Which Python it was run with is no part of a notebook: the next run would only change it.
@@ -30,29 +32,33 @@ def execute(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def run(path: Path, write: bool) -> bool:
+    """Run a notebook, say how long it took or what failed, and keep its outputs if `write`; whether all went well."""
+    started = time.perf_counter()
+    try:
+        notebook = execute(path)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        print(f"{path.name}: failed\n{error}", file=sys.stderr)
+        return False
+    print(f"{path.name}: {time.perf_counter() - started:.0f} s", flush=True)
+    if write:
+        nbformat.write(notebook, path)
+    return True
+
+
 def main(arguments: list[str]) -> int:
     """Run what the command line names; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
     parser.add_argument("--write", action="store_true", help="keep the new outputs in the files")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time; each uses one core")
     options = parser.parse_args(arguments)
     # Threads that wait give their core away instead of spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A notebook shows no progress bars, so it does not miss the widgets for them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
-    failures = 0
-    for path in options.notebooks:
-        started = time.perf_counter()
-        try:
-            notebook = execute(path)
-        except CellExecutionError as error:
-            failures += 1
-            print(f"{path.name}: failed\n{error}", file=sys.stderr)
-            continue
-        print(f"{path.name}: {time.perf_counter() - started:.0f} s", flush=True)
-        if options.write:
-            nbformat.write(notebook, path)
-    return 1 if failures else 0
+    with ThreadPoolExecutor(options.jobs) as pool:  # each notebook has a process of its own
+        return 0 if all(list(pool.map(run, options.notebooks, [options.write] * len(options.notebooks)))) else 1
 
 
 if __name__ == "__main__":
