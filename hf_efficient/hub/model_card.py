@@ -47,6 +47,7 @@ class Task:
 
 LOSS = ("loss", "loss", "Loss (nats per token)", "{:.4f}")
 PERPLEXITY = ("perplexity", "perplexity", "Perplexity per token", "{:.2f}")
+STEPS = ("ponder_time", "ponder_time", "Steps per token", "{:.2f}")
 TASKS = {
     "language_modeling": Task(
         "Language modelling",
@@ -270,7 +271,7 @@ def result_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     rows = [(label, form.format(figures[key])) for key, _, label, form in task_of(report).metrics if key in figures]
     if "ponder_time" in figures:
-        rows.append(("Steps per token", f"{figures['ponder_time']:.2f} ± {figures['ponder_time_std']:.2f}"))
+        rows.append((STEPS[2], f"{figures['ponder_time']:.2f} ± {figures['ponder_time_std']:.2f}"))
     if "bits_per_byte_without_memory" in report:
         rows.append(("Bits per byte, memory off", f"{report['bits_per_byte_without_memory']:.4f}"))
     return rows
@@ -284,7 +285,8 @@ def progress_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     entries = {entry["step"]: entry for entry in report.get("history", []) if "eval_loss" in entry}
     if len(entries) < 2:
         return []
-    metrics = [metric for metric in task_of(report).metrics if all(f"eval_{metric[0]}" in e for e in entries.values())]
+    known = (*task_of(report).metrics, STEPS)
+    metrics = [metric for metric in known if all(f"eval_{metric[0]}" in entry for entry in entries.values())]
     rows = [
         (f"{step:,}", *(form.format(entry[f"eval_{key}"]) for key, _, _, form in metrics))
         for step, entry in sorted(entries.items())

@@ -151,6 +151,14 @@ def test_course_of_the_validation(run_folder, steps, shown):
     assert not lines or header + "\n".join(lines) + "\n\n## How to use it" in text
 
 
+def test_course_of_the_steps(run_folder):
+    history = [{"step": step, "eval_loss": 2.5, "eval_ponder_time": step / 4} for step in (5, 10)]
+    write_report(run_folder, REPORT | {"history": history})
+    text = write_model_card(run_folder).read_text("utf-8")
+    assert "| Updates | Loss (nats per token) | Steps per token |" in text
+    assert "| 10 | 2.5000 | 2.50 |" in text
+
+
 def test_reformer_card_names_its_paper_and_the_leak_of_its_layers(run_folder):
     validation = {name: value for name, value in REPORT["validation"].items() if name != "mem_len"}
     write_report(run_folder, REPORT | {"architecture": "reformer", "validation": validation})
