@@ -55,23 +55,29 @@ def isolated_python():
     return [sys.executable, "-I", "-S", "-c", ISOLATED, sysconfig.get_path("purelib")]
 
 
-def test_loads_with_code_where_the_package_is_not_installed(hub, tmp_path):
+def test_loads_and_trains_with_code_where_the_package_is_not_installed(hub, tmp_path):
     """The second model arrives although its download is cut."""
     expected = push(QUICK_ROWS, tmp_path, with_code=True)
     cut = Fault("GET", f"/{USER}/{QUICK_ROWS[1].name}/resolve/", cut_after=200, of_answer=True, times=1)
     hub.faults.append(cut)
-    modules = load(isolated_python(), expected, "trust", hub, tmp_path)
+    modules = load(isolated_python(), expected, "train", hub, tmp_path)
     assert len(modules) == len(QUICK_ROWS)
     assert all(module.startswith("transformers_modules.") for module in modules.values())
     assert cut.times == 0
 
 
 def test_loads_without_code_where_the_package_is_installed(hub, tmp_path):
+    """And push_to_hub works as ever; what it leaves out, a later publication adds."""
     expected = push(QUICK_ROWS, tmp_path, with_code=False)
     assert not any(name.endswith(".py") for repository in hub.repositories for name in hub.files(repository))
-    modules = load([sys.executable], expected, "installed", hub, tmp_path)
+    modules = load([sys.executable], expected, "push", hub, tmp_path)
     assert len(modules) == len(QUICK_ROWS)
     assert all(module.startswith("hf_efficient.") for module in modules.values())
+    row = QUICK_ROWS[0]
+    pushed, published = f"{USER}/{row.name}-pushed", hub.files(f"{USER}/{row.name}")
+    assert hub.files(pushed)["model.safetensors"] == published["model.safetensors"]
+    publish(tmp_path / "saved" / row.name, pushed, exist_ok=True)
+    assert hub.files(pushed).keys() == published.keys()
 
 
 def test_every_auto_class_has_a_row():
