@@ -14,6 +14,8 @@ HEADER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 FENCED = re.compile(r"^(```+|~~~+).*?^\1", re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]+src=[\"']([^\"']+)")
 HOME = re.compile(r"(?:/home/|/Users/|[A-Z]:\\Users\\)[\w.-]+")
+# What templates leave to be written.
+BLANK = re.compile(r"more information needed|\[\]\(https://huggingface\.co/[^)]*\)", re.IGNORECASE)
 # What the Hub sorts models by, with an example to write.
 NEEDED = {"license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "text-generation"}
 LISTS = {"language": "en", "datasets": "Salesforce/wikitext", "tags": "long-context"}
@@ -39,8 +41,7 @@ def read_card(folder: Path) -> ModelCard:
     except Exception as error:  # the readers of YAML and of results raise what they like
         raise ValueError(f"{path} has invalid metadata: {' '.join(str(error).split())}; mend it.") from error
     metadata = card.data.to_dict()
-    for key, example in NEEDED.items():
-        check_word(path, key, metadata.get(key), example)
+    check_needed(path, metadata)
     for key, example in LISTS.items():
         values = metadata.get(key, [])
         for value in values if isinstance(values, list) else [values]:
@@ -50,10 +51,20 @@ def read_card(folder: Path) -> ModelCard:
     return card
 
 
+def check_needed(path: Path, metadata: dict[str, Any]) -> None:
+    """Raises ValueError if the metadata lacks what the Hub sorts models by, naming all of it, or has no word for it."""
+    missing = {key: example for key, example in NEEDED.items() if metadata.get(key) is None}
+    if missing:
+        examples = ", ".join(f"`{key}: {example}`" for key, example in missing.items())
+        made_by_trainer = "generated_from_trainer" in (metadata.get("tags") or [])
+        whole = "; hf_efficient.hub.write_trainer_card writes a whole card" if made_by_trainer else ""
+        raise ValueError(f"{path} has no {' and no '.join(missing)} in its metadata; add such as {examples}{whole}.")
+    for key, example in NEEDED.items():
+        check_word(path, key, metadata[key], example)
+
+
 def check_word(path: Path, key: str, value: Any, example: str) -> None:
     """Raises ValueError if a value of the metadata is no word."""
-    if value is None:
-        raise ValueError(f"{path} has no {key} in its metadata; add one, such as `{key}: {example}`.")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
             f"{path} has {key}: {value!r} in its metadata; write a word, such as `{key}: {example}`, in quotes if "
@@ -80,6 +91,8 @@ def card_hints(card: ModelCard) -> tuple[str, ...]:
         hints.append("no language; add the text's, such as `language: en`")
     if "model-index" not in metadata:
         hints.append("no measured results; train with a validation text, or add a model-index")
+    if BLANK.search(card.content):
+        hints.append(f"it still says {BLANK.search(card.content)[0]!r}; fill that in, or take it out")
     hints += [f"{path} names a person or a machine" for path in sorted(set(HOME.findall(card.content)))]
     return tuple(hints)
 

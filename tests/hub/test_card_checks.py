@@ -37,7 +37,7 @@ def test_good_card(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("license: mit\n", "", "no license in its metadata; add one, such as `license: apache-2.0`"),
+        ("license: mit\n", "", "no license in its metadata; add such as `license: apache-2.0`"),
         ("license: mit", "license: ''", "license: ''.*write a word"),
         ("license: mit", "license: [mit]", r"license: \['mit'\].*write a word"),
         ("library_name: transformers\n", "", "no library_name"),
@@ -51,7 +51,8 @@ def test_good_card(tmp_path):
         ("dataset: {name: a, type: a}", "", "invalid metadata"),
         ("license: mit", "license: [", "invalid metadata"),
         (GOOD, "- a\n- b\n", "invalid metadata"),
-        (GOOD, "", "no license"),
+        (GOOD, "", "no license and no library_name and no pipeline_tag in its metadata"),
+        (GOOD, "tags: [generated_from_trainer]\n", "no license .*write_trainer_card"),
     ],
 )
 def test_bad_metadata(tmp_path, old, new, words):
@@ -101,6 +102,12 @@ def test_hints(tmp_path):
     for words in ("license: unknown", "no language", "no measured results", "/home/me names", "/Users/you names"):
         assert words in hints
     assert "/home/me/books" not in hints
+
+
+@pytest.mark.parametrize("words", ["More information needed", "[](https://huggingface.co/)"])
+def test_blanks_of_templates(tmp_path, words):
+    (hint,) = card_hints(read_card(card_in(tmp_path, GOOD, f"It is {words}\n")))
+    assert words in hint
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
