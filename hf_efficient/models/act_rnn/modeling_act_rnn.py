@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from .adaptive_recurrence import Pondering, States, ponder
 from .cache_act_rnn import ActRnnCache
 from .configuration_act_rnn import ActRnnConfig
-from .inputs_act_rnn import check_ids, pads_last, reorder, segment_mask
+from .inputs_act_rnn import check_ids, is_replica, pads_last, reorder, segment_mask
 from .recurrent_layers import RECURRENT_MODULES, RecurrentLayer
 
 
@@ -182,8 +182,12 @@ class ActRnnModel(ActRnnPreTrainedModel):
     def _open_cache(
         self, past_key_values: ActRnnCache | None, use_cache: bool | None, inputs: Tensor
     ) -> ActRnnCache | None:
+        if is_replica(self, past_key_values, use_cache):
+            return None
         if past_key_values is None:
-            use_cache = self.config.use_cache if use_cache is None else use_cache
+            if use_cache is None:
+                # An exported program cannot return one.
+                use_cache = self.config.use_cache and not torch.compiler.is_exporting()
             return self.create_cache() if use_cache else None
         if not isinstance(past_key_values, ActRnnCache):
             raise TypeError(

@@ -6,7 +6,7 @@ Letters in shape notes: B batch, L tokens of the call, S tokens so far, D hidden
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .configuration_evolved_transformer import EvolvedTransformerConfig
@@ -122,6 +122,24 @@ def check_encoder_states(
         )
 
 
+# Copied from hf_efficient/models/universal_transformer/inputs_universal_transformer.py::is_replica
+def is_replica(module: nn.Module, past_key_values: Any, use_cache: bool | None) -> bool:
+    """Whether `module` is a copy by `nn.DataParallel`, whose calls keep no cache: the copies' could not be joined.
+
+    Raises:
+        ValueError: a cache was given to a copy, or asked of it.
+    """
+    if not getattr(module, "_is_replica", False):
+        return False
+    if past_key_values is not None or use_cache:
+        given = "use_cache=True" if past_key_values is None else "past_key_values"
+        raise ValueError(
+            f"{given} was given under nn.DataParallel, which cannot split a cache among GPUs; leave it out, or start "
+            "one process for each GPU: torchrun --nproc_per_node <GPUs>."
+        )
+    return True
+
+
 def default_positions(mask: Tensor | None, embeds: Tensor, num_seen: int) -> Tensor:
     """Index of each token among those of its row, (B or 1, L).
 
@@ -196,5 +214,6 @@ __all__ = [
     "check_tokens",
     "check_whole_mask",
     "default_positions",
+    "is_replica",
     "wanted_reports",
 ]

@@ -32,6 +32,7 @@ from .inputs_evolved_transformer import (
     check_tokens,
     check_whole_mask,
     default_positions,
+    is_replica,
     wanted_reports,
 )
 from .layers_evolved_transformer import (
@@ -140,8 +141,7 @@ class EvolvedTransformerStack(nn.Module):
         num_seen: int = 0,
     ) -> Tokens:
         """Check and look up the call's tokens, before which `num_seen` others came."""
-        check_tokens(input_ids, inputs_embeds, self.config)
-        embeds = self._owner[0].embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self._owner[0].embed(input_ids, inputs_embeds)
         if attention_mask is not None and attention_mask.ndim == 4:
             check_whole_mask(attention_mask, embeds.shape[1], num_seen + embeds.shape[1])
             tokens = Tokens(embeds, position_ids, attention_mask, None)
@@ -266,10 +266,13 @@ class EvolvedTransformerDecoder(EvolvedTransformerStack):
 
     def _open_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to read and add to, or None."""
+        if is_replica(self, past_key_values, use_cache):
+            return None
         is_checkpointing = self.training and self.layers[0].gradient_checkpointing
         if past_key_values is None:
             if use_cache is None:
-                use_cache = self.config.use_cache and not self.training
+                # An exported program cannot return one.
+                use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
             if use_cache and is_checkpointing:
                 logger.warning_once("use_cache=True is ignored: gradient checkpointing keeps nothing between calls.")
                 return None
@@ -364,6 +367,11 @@ class EvolvedTransformerModel(EvolvedTransformerPreTrainedModel):
         """The decoder, which takes ids; None if there is none."""
         return self.decoder
 
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The vectors (B, L, D) of ids (B, L), or those that are given."""
+        check_tokens(input_ids, inputs_embeds, self.config)
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
     @can_return_tuple
     def forward(
         self,
@@ -407,21 +415,23 @@ class EvolvedTransformerModel(EvolvedTransformerPreTrainedModel):
                 cannot hold what the model remembers.
         """
         settings = {name: kwargs.get(name) for name in CALL_SETTINGS}
+        # Looked up here: the stacks of a copy that nn.DataParallel makes know the table of the model they came from.
         if self.encoder is not None and encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **settings)
+            embeds = self.embed(input_ids, inputs_embeds)
+            encoder_outputs = self.encoder(None, attention_mask, position_ids, embeds, **settings)
         if self.decoder is None:
             return encoder_outputs
         settings |= {"past_key_values": past_key_values, "use_cache": use_cache}
         if self.encoder is None:
-            return self.decoder(input_ids, attention_mask, position_ids, inputs_embeds, **settings)
+            return self.decoder(None, attention_mask, position_ids, self.embed(input_ids, inputs_embeds), **settings)
         if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
             raise ValueError("Give exactly one of decoder_input_ids and decoder_inputs_embeds, or labels.")
         encoder_outputs = _as_output(encoder_outputs)
         outputs = self.decoder(
-            decoder_input_ids,
+            None,
             decoder_attention_mask,
             kwargs.get("decoder_position_ids"),
-            decoder_inputs_embeds,
+            self.embed(decoder_input_ids, decoder_inputs_embeds),
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             **settings,

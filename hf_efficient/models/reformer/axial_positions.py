@@ -20,6 +20,7 @@ class AxialTables(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_features: tuple[int, ...]):
         super().__init__()
+        self.num_axes = len(num_features)
         for axis, width in enumerate(num_features):
             extents = [1] * len(shape)
             extents[axis] = shape[axis]
@@ -27,8 +28,10 @@ class AxialTables(nn.Module):
 
     def forward(self, coordinates: list[Tensor]) -> Tensor:
         """One coordinate (B or 1, T) for each axis to (B or 1, T, D)."""
-        tables = zip(coordinates, self.parameters(), strict=True)
-        return torch.cat([F.embedding(coordinate, table.flatten(0, -2)) for coordinate, table in tables], dim=-1)
+        # By name: in a replica of nn.DataParallel they are no parameters.
+        tables = [getattr(self, str(axis)) for axis in range(self.num_axes)]
+        rows = zip(coordinates, tables, strict=True)
+        return torch.cat([F.embedding(coordinate, table.flatten(0, -2)) for coordinate, table in rows], dim=-1)
 
 
 class AxialPositionEmbeddings(nn.Module):

@@ -6,7 +6,7 @@ Letters in shape notes: B batch, L tokens of the call, S tokens so far, D hidden
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .configuration_universal_transformer import UniversalTransformerConfig
@@ -121,6 +121,23 @@ def check_encoder_states(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the encoder's states {tuple(states.shape)}; "
             "give one column for each of their positions."
         )
+
+
+def is_replica(module: nn.Module, past_key_values: Any, use_cache: bool | None) -> bool:
+    """Whether `module` is a copy by `nn.DataParallel`, whose calls keep no cache: the copies' could not be joined.
+
+    Raises:
+        ValueError: a cache was given to a copy, or asked of it.
+    """
+    if not getattr(module, "_is_replica", False):
+        return False
+    if past_key_values is not None or use_cache:
+        given = "use_cache=True" if past_key_values is None else "past_key_values"
+        raise ValueError(
+            f"{given} was given under nn.DataParallel, which cannot split a cache among GPUs; leave it out, or start "
+            "one process for each GPU: torchrun --nproc_per_node <GPUs>."
+        )
+    return True
 
 
 def default_positions(mask: Tensor | None, embeds: Tensor, num_seen: int, count_padding: bool) -> Tensor:
@@ -269,6 +286,7 @@ __all__ = [
     "check_whole_mask",
     "choose_depth",
     "default_positions",
+    "is_replica",
     "random_depth",
     "wanted_reports",
 ]

@@ -24,6 +24,7 @@ from .inputs_universal_transformer import (
     check_whole_mask,
     choose_depth,
     default_positions,
+    is_replica,
     random_depth,
     wanted_reports,
 )
@@ -71,8 +72,7 @@ class EmbeddedStack(UniversalTransformerStack):
         self._owner = (model,)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        check_tokens(input_ids, inputs_embeds, self.config)
-        return self._owner[0].embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return self._owner[0].embed(input_ids, inputs_embeds)
 
     def _make_call(
         self,
@@ -177,9 +177,12 @@ class UniversalTransformerDecoder(EmbeddedStack):
 
     def _open_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to read and add to, or None."""
+        if is_replica(self, past_key_values, use_cache):
+            return None
         if past_key_values is None:
             if use_cache is None:
-                use_cache = self.config.use_cache and not self.training
+                # An exported program cannot return one.
+                use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
             return new_cache(self.config) if use_cache else None
         if not isinstance(past_key_values, Cache):
             raise TypeError(
@@ -271,6 +274,11 @@ class UniversalTransformerModel(UniversalTransformerPreTrainedModel):
         """The decoder, which takes ids; None if there is none."""
         return self.decoder
 
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The vectors (B, L, D) of ids (B, L), or those that are given."""
+        check_tokens(input_ids, inputs_embeds, self.config)
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
     def _draw(self, tokens: Tensor | None, num_steps: int | None) -> dict[str, Any]:
         """What is random in training, drawn once for both stacks: where positions begin, and the number of steps."""
         drawn = {}
@@ -334,16 +342,18 @@ class UniversalTransformerModel(UniversalTransformerPreTrainedModel):
         settings = {name: kwargs.get(name) for name in CALL_SETTINGS} | {"num_steps": num_steps}
         if self.training:
             settings |= self._draw(inputs_embeds if input_ids is None else input_ids, num_steps)
+        # Looked up here: the stacks of a copy that nn.DataParallel makes know the table of the model they came from.
         if self.encoder is not None and encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **settings)
+            embeds = self.embed(input_ids, inputs_embeds)
+            encoder_outputs = self.encoder(None, attention_mask, position_ids, embeds, **settings)
         if self.decoder is None:
             return self._finish(encoder_outputs)
         if self.encoder is None:
             outputs = self.decoder(
-                input_ids,
+                None,
                 attention_mask,
                 position_ids,
-                inputs_embeds,
+                self.embed(input_ids, inputs_embeds),
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **settings,
@@ -353,10 +363,10 @@ class UniversalTransformerModel(UniversalTransformerPreTrainedModel):
             raise ValueError("Give exactly one of decoder_input_ids and decoder_inputs_embeds, or labels.")
         encoder_outputs = _as_output(encoder_outputs)
         outputs = self.decoder(
-            decoder_input_ids,
+            None,
             decoder_attention_mask,
             kwargs.get("decoder_position_ids"),
-            decoder_inputs_embeds,
+            self.embed(decoder_input_ids, decoder_inputs_embeds),
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             past_key_values=past_key_values,
