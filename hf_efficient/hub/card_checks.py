@@ -52,7 +52,7 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def check_needed(path: Path, metadata: dict[str, Any]) -> None:
-    """Raises ValueError if the metadata lacks what the Hub sorts models by, naming all of it, or has no word for it."""
+    """Raises ValueError if the metadata has no word for what the Hub sorts models by; all that is missing is named."""
     missing = {key: example for key, example in NEEDED.items() if metadata.get(key) is None}
     if missing:
         examples = ", ".join(f"`{key}: {example}`" for key, example in missing.items())
