@@ -39,14 +39,21 @@ Start here:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit code: 0; 2 for a mistake that the user can mend, with one line on stderr that says how; 130 when
-    interrupted. The environment variable HF_EFFICIENT_TRACEBACK=1 shows where an error came from instead.
+    Returns the exit code: 0; 1 if what it prints is no longer read; 2 for a mistake that the user can mend, with one
+    line on stderr that says how; 130 when interrupted. The environment variable HF_EFFICIENT_TRACEBACK=1 shows where
+    an error came from instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if os.environ.get("HF_EFFICIENT_TRACEBACK") == "1":
         return run(arguments)
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python ends
+        return code
+    except BrokenPipeError:
+        # Nobody reads on, as behind `| head`. What is still to be written would raise again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except USER_ERRORS as error:
         print(f"hf-efficient: {one_sentence(error)}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ the model are flags with a dot; they are collected apart because the architectur
 """
 
 import argparse
+import re
 import shlex
 import shutil
 import textwrap
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .errors import CommandError, unknown_name
 from .recipes import RECIPE_SUFFIXES, parse_value, read_recipe, recipe_to_flags
 
 MODEL_PREFIX = "--model."
+# argparse names a flag by all its spellings: --dry_run/--dry-run.
+SPELLINGS = re.compile(r"^(--\w+)(?:/--[\w-]+)+")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class CommandParser(HfArgumentParser):
         )
         self.command = command
         for action in self._actions:
-            action.type = NUMBER_TYPES.get(action.type, action.type)
+            action.type = OUR_TYPES.get(action.type, action.type)
             text = command.shown.get(action.dest, action.help or "")
             action.help = help_text(text, "" if action.nargs == 0 else action.default)
             action.default = argparse.SUPPRESS  # the dataclasses hold the defaults; a parse yields what was given
@@ -108,7 +112,8 @@ class CommandParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """What argparse calls when a value is wrong; `message` names the argument and the value."""
-        raise CommandError(f"{message.removeprefix('argument ')} (`{self.prog} --help` explains the flags).")
+        message = SPELLINGS.sub(r"\1", message.removeprefix("argument "))
+        raise CommandError(f"{message} (`{self.prog} --help` explains the flags).")
 
     def _split_positionals(self, arguments: list[str]) -> tuple[Path | None, list[str]]:
         """Take a leading recipe away and give the command's other leading words their flags."""
@@ -194,7 +199,7 @@ class CommandParser(HfArgumentParser):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One spelling for each flag, types as placeholders, and a default only where it tells something."""
 
-    PLACEHOLDERS = {"whole_number": "N", "number": "X", "string_to_bool": "true|false"}
+    PLACEHOLDERS = {"whole_number": "N", "number": "X", "truth": "true|false"}
 
     def __init__(self, prog: str):
         width = min(110, shutil.get_terminal_size((100, 24)).columns)
@@ -235,4 +240,14 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number; write one such as 0.1 or 1e-4") from None
 
 
-NUMBER_TYPES = {int: whole_number, float: number}
+def truth(text: str) -> bool:
+    """A boolean for argparse. A word that is none stood behind the flag by accident, and the message says so."""
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither true nor false; write what belongs to no flag in front of all flags"
+        ) from None
+
+
+OUR_TYPES = {int: whole_number, float: number, string_to_bool: truth}

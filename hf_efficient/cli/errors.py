@@ -13,6 +13,8 @@ SHORT_NAMES = {
     "batch_size": "per_device_train_batch_size",
     "output": "output_dir",
     "data": "text",
+    "model": "pretrained",
+    "model_name_or_path": "pretrained",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "num_hidden_layers": "attn_layers",

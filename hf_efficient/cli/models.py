@@ -161,15 +161,10 @@ def build_config(
     Raises CommandError if a setting is unknown or has an illegal value.
     """
     row = ARCHITECTURES[architecture]
-    aliases = row.config_class.attribute_map
-    known = [*model_settings(architecture), *aliases]
-    for name in settings:
-        if name not in known:
-            raise unknown_name(f"setting of the {architecture} model", name, known, "hf-efficient train --help")
+    named = check_settings(architecture, settings)
     ids = {name: getattr(tokenizer, name) for name in FROM_TOKENIZER[1:]}
     if for_pairs:
         ids["decoder_start_token_id"] = tokenizer.pad_token_id
-    named = {aliases.get(name, name): value for name, value in settings.items()}
     vocab_size = named.setdefault("vocab_size", len(tokenizer))
     if isinstance(vocab_size, int) and vocab_size < len(tokenizer):
         raise CommandError(
@@ -179,6 +174,16 @@ def build_config(
         return row.config_class(**((row.pair_starter if for_pairs else row.starter) or {}) | ids | named)
     except (*USER_ERRORS, TypeError) as error:
         raise CommandError(f"model: {one_sentence(error)}") from error
+
+
+def check_settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` of a model by today's names. Raises CommandError if the architecture lacks one."""
+    aliases = ARCHITECTURES[architecture].config_class.attribute_map
+    known = [*model_settings(architecture), *aliases]
+    for name in settings:
+        if name not in known:
+            raise unknown_name(f"setting of the {architecture} model", name, known, "hf-efficient train --help")
+    return {aliases.get(name, name): value for name, value in settings.items()}
 
 
 def check_length(config: PreTrainedConfig, segment_length: int, flag: str = "--segment_length") -> None:
@@ -217,15 +222,10 @@ def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTra
     source: a folder, or a name on the Hub. device: a torch device; None takes the accelerator if there is one.
     Raises CommandError if there is no such model, its weights are incomplete or broken, or the device is missing.
     """
-    folder = Path(source)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise CommandError(f"--model '{source}' holds no config.json; give a folder that `hf-efficient train` wrote.")
-    if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise CommandError(f"--model '{source}' does not exist; give a folder that `hf-efficient train` wrote.")
+    check_source(source, "--model")
     try:
         with quiet():  # what is wrong is said below
-            is_pair_model = AutoConfig.from_pretrained(source).is_encoder_decoder
-            auto_class = AutoModelForSeq2SeqLM if is_pair_model else AutoModelForCausalLM
+            auto_class = auto_class_of(AutoConfig.from_pretrained(source))
             model, info = auto_class.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # broken files raise whatever their reader raises
@@ -236,6 +236,20 @@ def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTra
             f"--model '{source}' lacks {len(missing)} of its weights, such as '{missing[0]}'; save or copy it again."
         )
     return model.eval().to(choose_device(device)), tokenizer
+
+
+def check_source(source: str, flag: str) -> None:
+    """Raises CommandError, naming `flag`, for a folder without a model, and for a path that does not exist."""
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise CommandError(f"{flag} '{source}' holds no config.json; give a folder that `hf-efficient train` wrote.")
+    if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise CommandError(f"{flag} '{source}' does not exist; give a folder that `hf-efficient train` wrote.")
+
+
+def auto_class_of(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """The Auto class of a model that writes text: one that answers its input, or one that continues it."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..data import (
 from ..training import SCHEDULES
 from .errors import CommandError
 from .models import PAIR_ARCHITECTURES, num_positions
+from .pretrained import PRETRAINED_HELP
 from .recipes import RECIPE_SUFFIXES, read_recipe
 from .text import explained
 
@@ -51,6 +52,7 @@ class PairOptions:
     architecture: str = field(
         default="evolved_transformer", metadata={"help": "Kind of the model", "choices": PAIR_ARCHITECTURES}
     )
+    pretrained: str | None = field(default=None, metadata={"help": PRETRAINED_HELP})
     max_source_length: int | None = field(
         default=None, metadata={"help": "Pairs with a source of more tokens are left out of the training"}
     )
@@ -273,6 +275,7 @@ PAIR_TASKS = {
         examples="""\
   hf-efficient train --task translation --source_text train.en --target_text train.de --output_dir runs/en-de
   hf-efficient train --task translation --pairs pairs.tsv --output_dir runs/mine --architecture universal_transformer
+  hf-efficient train --task translation --pairs more.tsv --output_dir runs/tuned --pretrained runs/mine
   hf-efficient train examples/evolved_transformer_translation_cpu.yaml --source_text train.en --target_text train.de \\
       --validation_source val.en --validation_target val.de --output_dir runs/en-de""",
         try_it='hf-efficient generate {folder} "A sentence to translate."',

@@ -128,10 +128,14 @@ def check_output(output_dir: str, resume: bool) -> Path:
 
 
 def finished_report(folder: Path, invocation: Invocation) -> dict[str, Any] | None:
-    """The report of the folder's run if that is finished, and not to become longer now."""
+    """The report of the folder's run if that is finished, and not to become longer now; then it is said so."""
     report = read_report(folder)
     lengths = [(name, invocation.given.get(name)) for name in ("max_steps", "num_train_epochs")]
-    return report if report and all(report["settings"].get(name) == length for name, length in lengths) else None
+    if not report or any(report["settings"].get(name) != length for name, length in lengths):
+        return None
+    if PartialState().is_main_process:
+        print(f"The run in {folder} is finished, and is left as it is; a higher --max_steps makes it longer. It said:")
+    return report
 
 
 def run_identity(options: Any, args: TrainingArguments, model: PreTrainedModel, **data: int) -> dict[str, Any]:
@@ -153,18 +157,44 @@ def recipe_of(invocation: Invocation) -> dict[str, Any]:
     return plain(given | {"model": invocation.model_settings})
 
 
-def run_figures(trainer: Any, options: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a finished run that do not depend on what it was trained on."""
+def steps_before(checkpoint: str | None) -> int:
+    """Updates that were made before a run goes on from `checkpoint`."""
+    return 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def run_figures(trainer: Any, options: Any, metrics: dict[str, Any], resumed_at: int) -> dict[str, Any]:
+    """The figures of a finished run that do not depend on what it was trained on.
+
+    resumed_at: updates that were made before, which time and speed leave out.
+    """
+    origin = {} if options.pretrained is None else {"pretrained": options.pretrained}
     return {
         "architecture": options.architecture,
+        **origin,
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
+        **({"resumed_at": resumed_at} if resumed_at else {}),
         "train_tokens": metrics["train_tokens"],
         "train_seconds": metrics["train_runtime"],
         "tokens_per_second": metrics["train_tokens_per_second"],
         "peak_memory_mb": metrics["peak_memory_mb"],
         "history": [entry for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()],
     } | circumstances()
+
+
+def effort(report: dict[str, Any], tokens: str) -> str:
+    """What a training took, for the end of the command; of one that was resumed, since then.
+
+    tokens: what its speed counts.
+    """
+    speed = f"{report['tokens_per_second']:,.0f} tokens/s, {report['peak_memory_mb']:,.0f} MB"
+    cost = f"{report['train_seconds']:.0f} s ({speed})"
+    if "resumed_at" in report:
+        return (
+            f"Trained {report['parameters']:,} parameters for {report['steps']:,} updates; those since update "
+            f"{report['resumed_at']:,} took {cost}."
+        )
+    return f"Trained {report['parameters']:,} parameters on {report['train_tokens']:,} {tokens} in {cost}."
 
 
 def write_run(folder: Path, report: dict[str, Any]) -> None:

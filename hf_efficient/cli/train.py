@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -15,16 +14,19 @@ from .arguments import Command, Invocation
 from .errors import CommandError
 from .models import ARCHITECTURES, build_config, check_length, memory_settings, model_settings
 from .pair_tasks import LANGUAGE_MODELING, TASK_HELP, task_of
+from .pretrained import PRETRAINED_HELP, adopt, pretrained_config, pretrained_model
 from .runs import (
     SHOWN,
     RecipeRun,
     check_arguments,
     check_output,
+    effort,
     finished_report,
     recipe_of,
     run,
     run_figures,
     run_identity,
+    steps_before,
     write_run,
 )
 from .scoring import PONDER_FIGURES, has_memory
@@ -56,6 +58,7 @@ class TrainOptions(TextOptions):
     architecture: str = field(
         default="transformer_xl", metadata={"help": "Kind of the model", "choices": list(ARCHITECTURES)}
     )
+    pretrained: str | None = field(default=None, metadata={"help": PRETRAINED_HELP})
     segment_length: int | None = field(
         default=None,
         metadata={
@@ -81,7 +84,7 @@ class TrainOptions(TextOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CommandError(f"--{name} {value} must be at least 1.")
-        if self.segment_length is None:
+        if self.segment_length is None and self.pretrained is None:
             self.segment_length = ARCHITECTURES[self.architecture].segment_length
 
 
@@ -144,6 +147,7 @@ def train(invocation: Invocation) -> dict[str, Any]:
     """
     options, args = invocation.options
     folder = check_output(args.output_dir, options.resume)
+    adopt(options, invocation.given, for_pairs=False)
     set_seed(args.seed)
     with args.main_process_first(desc="text and tokenizer"):
         documents = options.read("train")
@@ -167,12 +171,12 @@ def train(invocation: Invocation) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    first_step = 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
-    metrics["train_tokens"] += first_step * args.gradient_accumulation_steps * lanes.num_lanes * lanes.segment_length
+    resumed_at = steps_before(checkpoint)
+    metrics["train_tokens"] += resumed_at * args.gradient_accumulation_steps * lanes.num_lanes * lanes.segment_length
     if validation is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()
-    report = make_report(trainer, options, metrics)
+    report = make_report(trainer, options, metrics, resumed_at)
     report |= {"command": invocation.command_line, "settings": recipe_of(invocation)}
     if trainer.is_world_process_zero():
         write_run(folder, report)
@@ -210,13 +214,21 @@ def cut_validation(
 
 
 def make_model(options: TrainOptions, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with new weights. Settings that were not given are the architecture's starter settings."""
-    config = build_config(options.architecture, settings, tokenizer)
+    """The model that the training begins with: that of `--pretrained`, or one with new weights.
+
+    Settings that were not given are those of the saved model, or the architecture's starter settings.
+    """
+    if options.pretrained is not None:
+        config = pretrained_config(options.pretrained, options.architecture, settings)
+    else:
+        config = build_config(options.architecture, settings, tokenizer)
     assert options.segment_length is not None  # the architecture's, if it was not given
     check_length(config, options.segment_length)
     check_length(config, options.eval_segment_length or 0, "--eval_segment_length")
     with memory_settings(config, **eval_memory(options)):
         pass  # an illegal value is better refused now than after the training
+    if options.pretrained is not None:
+        return pretrained_model(options.pretrained, config, settings)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -225,10 +237,12 @@ def eval_memory(options: TrainOptions) -> dict[str, Any]:
     return {name: getattr(options, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
 
 
-def make_report(trainer: TextTrainer, options: TrainOptions, metrics: dict[str, Any]) -> dict[str, Any]:
+def make_report(
+    trainer: TextTrainer, options: TrainOptions, metrics: dict[str, Any], resumed_at: int
+) -> dict[str, Any]:
     """The figures of a finished run, and what they were measured on."""
     lanes, validation = trainer.train_dataset, trainer.eval_dataset
-    report = run_figures(trainer, options, metrics)
+    report = run_figures(trainer, options, metrics, resumed_at)
     report["data"] = {"text": options.text, "tokens": lanes.num_tokens, "bytes": lanes.num_bytes}
     if validation is not None:
         with memory_settings(trainer.model.config, **trainer.eval_memory):
@@ -248,11 +262,7 @@ def make_report(trainer: TextTrainer, options: TrainOptions, metrics: dict[str, 
 
 def summary(report: dict[str, Any], folder: str) -> str:
     """What the command prints at its end."""
-    lines = [
-        f"Trained {report['parameters']:,} parameters on {report['train_tokens']:,} tokens in "
-        f"{report['train_seconds']:.0f} s ({report['tokens_per_second']:,.0f} tokens/s, "
-        f"{report['peak_memory_mb']:,.0f} MB)."
-    ]
+    lines = [effort(report, "tokens")]
     if "validation" in report:
         figures = report["validation"]
         lines.append(
@@ -291,6 +301,7 @@ COMMAND = Command(
   hf-efficient train --text my.txt --output_dir runs/long --segment_length 64 --model.mem_len 512
   hf-efficient train --text my.txt --output_dir runs/reformer --architecture reformer --segment_length 4096
   hf-efficient train --text my.txt --output_dir runs/universal --architecture universal_transformer
+  hf-efficient train --text new.txt --pretrained runs/mine --output_dir runs/tuned --learning_rate 1e-4
   hf-efficient train examples/transformer_xl_enwik8_base.yaml --output_dir runs/enwik8 --max_steps 100""",
     options=(TrainOptions, TrainArguments),
     shown=TEXT_SHOWN,

@@ -12,16 +12,19 @@ from .arguments import Command, Invocation
 from .errors import CommandError
 from .models import PAIR_ARCHITECTURES, build_config, model_settings
 from .pair_tasks import PAIR_TASKS, PairOptions, check_lengths
+from .pretrained import adopt, pretrained_config, pretrained_model
 from .runs import (
     SHOWN,
     RecipeRun,
     check_arguments,
     check_output,
+    effort,
     finished_report,
     recipe_of,
     run,
     run_figures,
     run_identity,
+    steps_before,
     write_run,
 )
 from .scoring import PONDER_FIGURES
@@ -61,6 +64,7 @@ def train(invocation: Invocation) -> dict[str, Any]:
     """
     options, args = invocation.options
     folder = check_output(args.output_dir, options.resume)
+    adopt(options, invocation.given, for_pairs=True)
     set_seed(args.seed)
     with args.main_process_first(desc="pairs and tokenizer"):
         data = options.read()
@@ -92,7 +96,7 @@ def train(invocation: Invocation) -> dict[str, Any]:
     if validation is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()
-    report = make_report(trainer, options, metrics, left_out=len(data) - len(pairs))
+    report = make_report(trainer, options, metrics, steps_before(checkpoint), left_out=len(data) - len(pairs))
     report |= {"command": invocation.command_line, "settings": recipe_of(invocation)}
     if trainer.is_world_process_zero():
         write_run(folder, report)
@@ -113,7 +117,13 @@ def read_validation(options: PairOptions, args: PairArguments, tokenizer: PreTra
 
 
 def make_model(options: PairOptions, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with new weights. Settings that were not given are the architecture's starter settings."""
+    """The model that the training begins with: that of `--pretrained`, or one with new weights.
+
+    Settings that were not given are those of the saved model, or the architecture's starter settings.
+    """
+    if options.pretrained is not None:
+        config = pretrained_config(options.pretrained, options.architecture, settings)
+        return pretrained_model(options.pretrained, config, settings)
     return AutoModelForSeq2SeqLM.from_config(build_config(options.architecture, settings, tokenizer, for_pairs=True))
 
 
@@ -150,11 +160,11 @@ def count_tokens(pairs: Dataset) -> int:
 
 
 def make_report(
-    trainer: RecipePairTrainer, options: PairOptions, metrics: dict[str, Any], left_out: int
+    trainer: RecipePairTrainer, options: PairOptions, metrics: dict[str, Any], resumed_at: int, left_out: int
 ) -> dict[str, Any]:
     """The figures of a finished run, and what they were measured on. left_out: pairs that were too long."""
     pairs, validation = trainer.train_dataset, trainer.eval_dataset
-    report = {"task": options.task, **run_figures(trainer, options, metrics)}
+    report = {"task": options.task, **run_figures(trainer, options, metrics, resumed_at)}
     report["data"] = {"text": options.files(), "pairs": len(pairs), "tokens": count_tokens(pairs)}
     if options.rows_are_pairs:
         report["data"]["left_out"] = left_out
@@ -174,11 +184,7 @@ def make_report(
 
 def summary(report: dict[str, Any], folder: str) -> str:
     """What the command prints at its end."""
-    lines = [
-        f"Trained {report['parameters']:,} parameters on {report['train_tokens']:,} target tokens in "
-        f"{report['train_seconds']:.0f} s ({report['tokens_per_second']:,.0f} tokens/s, "
-        f"{report['peak_memory_mb']:,.0f} MB)."
-    ]
+    lines = [effort(report, "target tokens")]
     if "validation" in report:
         figures = report["validation"]
         bleu = f", BLEU {figures['bleu']:.2f}" if "bleu" in figures else ""

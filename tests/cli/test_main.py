@@ -1,5 +1,6 @@
 """The entry point: help, exit codes, and what is printed where."""
 
+import os
 import subprocess
 import sys
 
@@ -61,6 +62,15 @@ def test_interruption_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr("hf_efficient.cli.__main__.run", interrupted)
     assert main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_reader_that_has_gone_is_no_error(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["--help"]) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_module_and_exit_code():

@@ -86,7 +86,9 @@ def test_resuming_a_finished_run_changes_nothing(run_copy, capsys):
     before = (run_copy / "report.json").read_bytes()
     arguments = ["train", str(run_copy / "recipe.yaml"), "--output_dir", str(run_copy), "--resume"]
     assert main(arguments) == 0
-    assert "Trained" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"The run in {run_copy} is finished, and is left as it is" in said
+    assert "Trained" in said
     assert (run_copy / "report.json").read_bytes() == before
 
 
