@@ -63,11 +63,13 @@ def score_lanes(
     ponder = PonderTotals()
     start = time.perf_counter()
     for segments in tqdm(batches, desc=progress, disable=not progress, unit="segment", leave=False):
-        batch = {name: tensor.to(model.device) for name, tensor in segments.items()}
+        batch: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in segments.items()}
         reset = batch.pop("reset")
         if cache is not None:
             cache.reset_rows(reset)
-        output = model(**batch, **(depth or {}), past_key_values=cache, use_cache=cache is not None)
+        # Of the logits next to none: all of them may take more memory than the model.
+        batch |= {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1}
+        output = model(**batch, **(depth or {}))
         total += output.losses.sum(dtype=torch.float64)
         if getattr(output, "ponder_times", None) is not None:
             ponder.add(output.ponder_times)

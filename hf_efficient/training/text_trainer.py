@@ -1,5 +1,6 @@
 """Trainer for language models on segments of text, with the figures that such a run is judged by."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,11 +68,18 @@ class TextTrainer(MeasuredRun, Trainer):
         return batches, num_tokens
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss, logits and labels of one batch."""
+        """Loss, logits and labels of one batch; the loss alone where nobody asked for more."""
         check_columns(inputs)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        if prediction_loss_only and takes_argument(self.model, "logits_to_keep"):
+            # Those of the last token, that is, next to none: all of them may take more memory than the model.
+            inputs = {**inputs, "logits_to_keep": 1}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def compute_loss(
         self,
@@ -89,6 +97,13 @@ class TextTrainer(MeasuredRun, Trainer):
             # Where the lanes end there may be a batch of last tokens, which predict nothing.
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a model, or of the one that adapters were added to, has an argument of this name."""
+    get_base = getattr(model, "get_base_model", None)
+    base = model if get_base is None else get_base()
+    return name in inspect.signature(base.forward).parameters
 
 
 def check_columns(batch: dict[str, Tensor]) -> None:

@@ -3,8 +3,10 @@
 Letters in shape notes: B batch, H heads, T tokens of the segment, S keys, D hidden_size.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def can_look_at(tensor: Tensor) -> bool:
@@ -26,7 +28,18 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
 
 def pads_last(mask: Tensor) -> tuple[Tensor, Tensor]:
     """From a mask (B, T): the order (B, T) that puts tokens first and pads last, and the number of pads (B,)."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True), (~mask).sum(dim=1)
+    is_pad = ~mask
+    num_pads = is_pad.sum(dim=1)
+    # Where each one goes; a stable sort by hand, because ONNX has none.
+    first_pad = mask.shape[1] - num_pads[:, None]
+    place = torch.where(mask, mask.cumsum(dim=1), first_pad + is_pad.cumsum(dim=1)) - 1
+    return inverse(place), num_pads
+
+
+def inverse(order: Tensor) -> Tensor:
+    """(B, T) that undoes an order (B, T)."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
 
 
 def reorder(states: Tensor, order: Tensor) -> Tensor:
@@ -43,6 +56,24 @@ def reorder_attention(weights: Tensor, order: Tensor) -> Tensor:
     return torch.cat([weights[..., :-length], weights[..., -length:].gather(3, keys)], dim=3)
 
 
+# Copied from hf_efficient/models/universal_transformer/inputs_universal_transformer.py::is_replica
+def is_replica(module: nn.Module, past_key_values: Any, use_cache: bool | None) -> bool:
+    """Whether `module` is a copy by `nn.DataParallel`, whose calls keep no cache: the copies' could not be joined.
+
+    Raises:
+        ValueError: a cache was given to a copy, or asked of it.
+    """
+    if not getattr(module, "_is_replica", False):
+        return False
+    if past_key_values is not None or use_cache:
+        given = "use_cache=True" if past_key_values is None else "past_key_values"
+        raise ValueError(
+            f"{given} was given under nn.DataParallel, which cannot split a cache among GPUs; leave it out, or start "
+            "one process for each GPU: torchrun --nproc_per_node <GPUs>."
+        )
+    return True
+
+
 def check_labels(name: str, labels: Tensor, shape: torch.Size, vocab_size: int) -> None:
     """Refuse labels of another shape than the segment's, or outside the vocabulary."""
     if labels.shape != shape:
@@ -54,4 +85,13 @@ def check_labels(name: str, labels: Tensor, shape: torch.Size, vocab_size: int) 
         check_ids(name, labels[labels != -100], vocab_size)
 
 
-__all__ = ["can_look_at", "check_ids", "check_labels", "pads_last", "reorder", "reorder_attention"]
+__all__ = [
+    "can_look_at",
+    "check_ids",
+    "check_labels",
+    "inverse",
+    "is_replica",
+    "pads_last",
+    "reorder",
+    "reorder_attention",
+]

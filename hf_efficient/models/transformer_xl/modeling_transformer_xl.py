@@ -26,11 +26,21 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
+from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TailWords
+from .adaptive_vocabulary import fits_vocabulary, resize_vocabulary, whole_blocks
 from .cache_transformer_xl import TransformerXLCache
 from .checkpoint_names_transformer_xl import register_checkpoint_names, to_model_names
 from .configuration_transformer_xl import TransformerXLConfig
-from .inputs_transformer_xl import can_look_at, check_ids, check_labels, pads_last, reorder, reorder_attention
+from .inputs_transformer_xl import (
+    can_look_at,
+    check_ids,
+    check_labels,
+    inverse,
+    is_replica,
+    pads_last,
+    reorder,
+    reorder_attention,
+)
 from .layers_transformer_xl import TransformerXLLayer
 from .relative_attention import memory_attention_mask, sinusoid_table
 
@@ -45,7 +55,8 @@ class TransformerXLCausalLMOutput(ModelOutput):
     Args:
         loss: scalar, mean negative log-likelihood in nats per predicted token.
         losses: per token and in token order, 0 where ignored: (B, T - 1) for `labels`, (B, T) for `shift_labels`.
-        logits: (B, T, V); with an adaptive softmax normalised log-probabilities, and None when a loss was asked for.
+        logits: (B, T, V); with an adaptive softmax normalised log-probabilities, which in training, beside a loss, are
+            not computed: None.
         past_key_values: the memory after this segment.
         hidden_states: on request, the input of every layer and the final states, (B, T, D) each.
         attentions: on request and with `"eager"`, (B, H, T, S) for every layer.
@@ -65,7 +76,6 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
     config: TransformerXLConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerXLLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     # A buffer of sinusoids in older files; computed where needed, in float32.
@@ -75,13 +85,22 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Blocks that stay whole where a `device_map` divides the model, and that FSDP2 shards one by one."""
+        return whole_blocks(self.config)
+
+    @_no_split_modules.setter
+    def _no_split_modules(self, blocks: set[str]) -> None:
+        """transformers collects those of a model's parts, which are the same here."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Spec of the original release: everything N(0, initializer_range) or uniform, LayerNorm around 1."""
         config = self.config
         # First what is never tied, so that the numbers drawn for it do not depend on whether the tables are.
         if isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
-            for projection in module.projections.values():
+            for projection in module.projections.parameters():
                 init.normal_(projection, mean=0.0, std=config.proj_init_std)
         if isinstance(module, AdaptiveSoftmax) and config.cutoffs:
             self._init_weight(module.cluster_weight)
@@ -89,9 +108,9 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
         if hasattr(module, "content_bias"):
             self._init_weight(module.content_bias)
             self._init_weight(module.position_bias)
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding, AdaptiveEmbedding, AdaptiveSoftmax, TailWords)):
             self._init_weight(module.weight)
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.normal_(module.weight, mean=1.0, std=config.initializer_range)
@@ -134,28 +153,28 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
         """
         if not self.config.is_adaptive:
             return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         vocab_size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             vocab_size = -(-vocab_size // pad_to_multiple_of) * pad_to_multiple_of
-        last_start = max(self.config.cutoffs, default=0)
-        if vocab_size <= last_start:
-            raise ValueError(
-                f"new_num_tokens={vocab_size} would leave the last vocabulary bin empty, which begins at "
-                f"{last_start}; give a larger number."
-            )
-        if head is not None:
-            # Before the embedding: transformers takes a head whose tied table has the new size already for resized.
-            words = head.last_table
-            resized = self._get_resized_lm_head(words, vocab_size - head.last_start, mean_resizing=mean_resizing)
-            words.weight, words.bias, words.out_features = resized.weight, resized.bias, resized.out_features
-            head.ranges[-1] = (head.ranges[-1][0], vocab_size)
-        first = embedding.ranges[-1][0]
-        self._get_resized_embeddings(embedding.last_table, vocab_size - first, mean_resizing=mean_resizing)
-        embedding.ranges[-1] = (first, vocab_size)
-        self.config.vocab_size = vocab_size
-        self.tie_weights()
-        return embedding
+        return resize_vocabulary(self, vocab_size, mean_resizing)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """As in transformers, but an adaptive embedding gives way to another such one only.
+
+        Raises:
+            TypeError: `value` has other bins than the configuration, or none.
+        """
+        fits_vocabulary(self.config, value, AdaptiveEmbedding)
+        super().set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As in transformers, but an adaptive softmax gives way to another such one only.
+
+        Raises:
+            TypeError: `new_embeddings` has other bins than the configuration, or none.
+        """
+        fits_vocabulary(self.config, new_embeddings, AdaptiveSoftmax)
+        super().set_output_embeddings(new_embeddings)
 
     def create_cache(self) -> TransformerXLCache:
         """An empty memory for this model; pass it as `past_key_values` and go on with the one that comes back."""
@@ -256,7 +275,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             memory.count_tokens(hidden_states.shape[1], num_pads)
 
         if order is not None:
-            back = order.argsort(dim=1)
+            back = inverse(order)
             hidden_states = reorder(hidden_states, back)
             all_hidden_states = [reorder(states, back) for states in all_hidden_states]
             all_attentions = [reorder_attention(weights, back) for weights in all_attentions]
@@ -295,6 +314,15 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
                 f"past_key_values is a {type(past_key_values).__name__}, but the memory of Transformer-XL is a "
                 "TransformerXLCache; make one with model.create_cache()."
             )
+        if torch.compiler.is_exporting():
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "An exported graph takes and returns tensors alone, so it cannot carry the memory of "
+                    "Transformer-XL: leave past_key_values out, and use_cache or set it to False."
+                )
+            use_cache = False
+        if is_replica(self, past_key_values, use_cache):
+            use_cache = False
         use_cache = self.config.use_cache if use_cache is None else use_cache
         # A model without memory has nothing to return; `generate` then feeds it the whole prefix each step.
         is_kept = past_key_values is not None or (use_cache and self.config.mem_len > 0)
@@ -413,7 +441,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             shift_labels: (B, T), already shifted: entry t is token t + 1, so that the last one may be the first token
                 of the next segment. Used instead of `labels` when both are given. (Among the keywords, because the
                 Trainer would demand every named argument with "label" in it from each data set.)
-            logits_to_keep: compute logits for the last so many positions, or for these indices; 0 means all.
+            logits_to_keep: compute logits for the last so many positions, or for these indices; 0 means all. A loss
+                does not depend on it; an adaptive softmax then computes no others.
             num_items_in_batch: predicted tokens of the whole (accumulated) batch, by which the summed loss is divided.
 
         Returns:
@@ -439,8 +468,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             shift_labels, scored = labels[:, 1:], hidden_states[:, :-1]
         elif shift_labels is not None:
             scored = hidden_states
-        if shift_labels is None or not self.config.is_adaptive:
-            logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
+        if shift_labels is None or not (self.config.is_adaptive and self.training):
+            logits = self._score(slice_logits_to_keep(hidden_states, logits_to_keep))
         if shift_labels is not None:
             is_whole = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
             losses = self._losses(scored, shift_labels.to(scored.device), logits if is_whole else None)
@@ -453,20 +482,23 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _logits(self, hidden_states: Tensor) -> Tensor:
-        if self.config.is_adaptive:
-            return self.lm_head(hidden_states, self.model.embed_tokens)
-        return self.lm_head(hidden_states)
+    def _score(self, hidden_states: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(..., D) to logits (..., V); with an adaptive softmax and `labels` (tokens,) to losses (tokens,)."""
+        if not self.config.is_adaptive:
+            return self.lm_head(hidden_states)
+        shared = self.model.embed_tokens.project_back(hidden_states, self.lm_head.shared_bins)
+        return self.lm_head(hidden_states, shared, labels)
 
     def _losses(self, hidden_states: Tensor, labels: Tensor, logits: Tensor | None) -> Tensor:
         """Negative log-likelihoods (B, T) of the shifted labels, float32, 0 where ignored; `logits` if at hand."""
         flat_labels = labels.reshape(-1)
-        if self.config.is_adaptive:
-            losses = self.lm_head.losses(hidden_states.flatten(0, 1), flat_labels, self.model.embed_tokens)
+        if self.config.is_adaptive and logits is None:
+            losses = self._score(hidden_states.flatten(0, 1), flat_labels)
         else:
-            logits = self._logits(hidden_states) if logits is None else logits[:, : labels.shape[1]]
+            logits = self._score(hidden_states) if logits is None else logits[:, : labels.shape[1]]
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            losses = F.cross_entropy(logits.flatten(0, 1).to(exact), flat_labels, reduction="none")
+            loss = F.nll_loss if self.config.is_adaptive else F.cross_entropy
+            losses = loss(logits.flatten(0, 1).to(exact), flat_labels, reduction="none")
         return losses.view(labels.shape)
 
     def prepare_inputs_for_generation(

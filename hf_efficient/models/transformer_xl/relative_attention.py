@@ -62,14 +62,18 @@ def position_scores(query: Tensor, position_key: Tensor, key_len: int) -> Tensor
     """
     batch_size, num_heads, query_len, _ = query.shape
     columns = key_len + 1
-    position_key = position_key[:, -columns:]
-    # One product per head for the whole batch: the table has no batch dimension to expand.
-    by_head = query.transpose(0, 1).flatten(1, 2)
-    scores = torch.bmm(by_head, position_key.transpose(1, 2)).unflatten(1, (batch_size, query_len))
+    table = position_key[:, -columns:].transpose(1, 2)
+    if torch.compiler.is_exporting():
+        # Of the form below ONNX's optimiser makes the product with another head's table, where B = H.
+        scores = torch.matmul(query, table)
+    else:
+        # One product per head for the whole batch: the table has no batch dimension to expand.
+        by_head = query.transpose(0, 1).flatten(1, 2)
+        scores = torch.bmm(by_head, table).unflatten(1, (batch_size, query_len)).transpose(0, 1)
     missing = columns - scores.shape[-1]
     if missing > 0:
         scores = torch.cat([scores[..., :1].expand(*scores.shape[:-1], missing), scores], dim=-1)
-    return relative_shift(scores).transpose(0, 1)
+    return relative_shift(scores)
 
 
 def eager_relative_attention(
@@ -105,6 +109,9 @@ def sdpa_relative_attention(
     if mask is not None:
         scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
     output = F.scaled_dot_product_attention(query, key, value, scores, dropout_p=dropout, scale=scaling)
+    if torch.compiler.is_exporting():
+        # Kernels lay the output out in different ways. An exported graph must not rely on the one of this machine.
+        output = output.clone(memory_format=torch.contiguous_format)
     return output, None
 
 

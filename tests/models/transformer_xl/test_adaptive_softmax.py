@@ -31,6 +31,11 @@ CASES = {
 BORDER_IDS = [16, 0, 4, 3, 5, 13, 12, 1, 15, 6, 10, 11, 5, 0]
 
 
+def score(softmax, embedding, hidden_states, labels=None):
+    """Log-probabilities, or with labels losses, as the model asks for them."""
+    return softmax(hidden_states, embedding.project_back(hidden_states, softmax.shared_bins), labels)
+
+
 class Pair:
     """The two optimised modules of a case, tied as the model ties them, and their weights for the reference."""
 
@@ -54,6 +59,10 @@ class Pair:
         self.ranges = list(zip(ends, ends[1:], strict=False))
         self.bins = range(len(self.ranges))
 
+    def score(self, hidden_states, labels=None):
+        """See `score`."""
+        return score(self.softmax, self.embedding, hidden_states, labels)
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter once."""
         both = torch.nn.ModuleDict({"embedding": self.embedding, "softmax": self.softmax})
@@ -68,7 +77,7 @@ class Pair:
     def embedding_arguments(self):
         """What the reference of the embedding is given."""
         keys = ["0" if self.config.div_val == 1 else str(i) for i in self.bins]
-        projections = dict(self.embedding.projections)
+        projections = dict(self.embedding.projections.named_parameters())
         return {
             "tables": self.split(self.embedding, "weight"),
             "projections": [projections.get(key) for key in keys],
@@ -78,7 +87,7 @@ class Pair:
     def softmax_arguments(self):
         """What the reference of the softmax is given."""
         shared = self.embedding_arguments()["projections"]
-        own = dict(self.softmax.projections)
+        own = dict(self.softmax.projections.named_parameters())
         return {
             "weights": self.split(self.softmax, "weight"),
             "biases": self.split(self.softmax, "bias"),
@@ -115,11 +124,11 @@ def test_log_probs_equal_reference_with_every_gradient(pair):
     hidden_states = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     arguments = pair.softmax_arguments()
     expected = torch.stack([torch.stack(adaptive_log_probs_reference(h, **arguments)) for h in hidden_states])
-    log_probs = pair.softmax(hidden_states, pair.embedding)
+    log_probs = pair.score(hidden_states)
     assert log_probs.shape == (3, VOCAB_SIZE)
     torch.testing.assert_close(log_probs, expected, **EXACT)
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, dtype=torch.float64), **EXACT)
-    batched = pair.softmax(hidden_states.view(1, 3, 8), pair.embedding)
+    batched = pair.score(hidden_states.view(1, 3, 8))
     torch.testing.assert_close(batched[0], expected, **EXACT)
     upstream = torch.randn_like(expected)
     tensors = pair.parameters() | {"hidden_states": hidden_states}
@@ -130,10 +139,10 @@ def test_losses_equal_reference_in_token_order_with_every_gradient(pair):
     labels = [-100, *BORDER_IDS, -100]
     hidden_states = torch.randn(len(labels), 8, dtype=torch.float64, requires_grad=True)
     expected = adaptive_losses_reference(hidden_states, labels, **pair.softmax_arguments())
-    losses = pair.softmax.losses(hidden_states, torch.tensor(labels), pair.embedding)
+    losses = pair.score(hidden_states, torch.tensor(labels))
     torch.testing.assert_close(losses, expected, **EXACT)
     assert losses[0] == losses[-1] == 0
-    full = -pair.softmax(hidden_states, pair.embedding)[range(1, 15), BORDER_IDS]
+    full = -pair.score(hidden_states)[range(1, 15), BORDER_IDS]
     torch.testing.assert_close(losses[1:-1], full, **EXACT)
     upstream = torch.randn_like(expected)
     tensors = pair.parameters() | {"hidden_states": hidden_states}
@@ -145,7 +154,7 @@ def test_bins_without_labels_get_a_zero_gradient(labels):
     """Zero and not None: data-parallel training waits for every parameter's gradient."""
     pair = Pair(CASES["div_2_nothing_tied"])
     hidden_states = torch.randn(3, 8, dtype=torch.float64)
-    losses = pair.softmax.losses(hidden_states, torch.tensor(labels), pair.embedding)
+    losses = pair.score(hidden_states, torch.tensor(labels))
     losses.sum().backward()
     for name, parameter in pair.softmax.named_parameters():
         assert parameter.grad is not None, name
@@ -159,10 +168,10 @@ def test_cluster_columns_are_in_the_order_of_the_tails():
     """As transformers 4 and the TensorFlow release have them; the original PyTorch release reverses them."""
     pair = Pair(CASES["three_cutoffs"])
     hidden_state = torch.randn(1, 8, dtype=torch.float64)
-    before = pair.softmax(hidden_state, pair.embedding)[0].exp()
+    before = pair.score(hidden_state)[0].exp()
     with torch.no_grad():
         pair.softmax.cluster_bias[0] += 1
-    after = pair.softmax(hidden_state, pair.embedding)[0].exp()
+    after = pair.score(hidden_state)[0].exp()
     assert (after[4:5] > before[4:5]).all()
     assert (after[:4] < before[:4]).all()
     assert (after[5:] < before[5:]).all()
@@ -184,7 +193,7 @@ def test_losses_never_build_the_full_distribution():
             return output
 
     with Largest() as largest:
-        softmax.losses(torch.randn(64, 8), labels, embedding)
+        score(softmax, embedding, torch.randn(64, 8), labels)
     assert largest.numel <= 900 * 4  # the tail's words for its own labels, not 64 * 1000
 
 
@@ -192,7 +201,7 @@ def test_losses_never_build_the_full_distribution():
 def test_probabilities_sum_to_one_in_low_precision(dtype):
     pair = Pair(CASES["div_2"])
     hidden_states = (torch.randn(4, 8) * 3).to(dtype)
-    log_probs = pair.softmax.to(dtype)(hidden_states, pair.embedding.to(dtype))
+    log_probs = score(pair.softmax.to(dtype), pair.embedding.to(dtype), hidden_states)
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(4), rtol=0, atol=1e-5)
 
@@ -233,13 +242,13 @@ def test_words_are_tied_on_request(is_tied):
 
 def test_projections_are_tied_bin_by_bin():
     model = small_model(cutoffs=[5, 11], div_val=2, tie_projs=[False, True, False])
-    assert sorted(model.lm_head.projections) == ["0", "2"]
+    assert sorted(dict(model.lm_head.projections.named_parameters())) == ["0", "2"]
     hidden_states = torch.randn(2, 8, dtype=torch.float64)
     for index, (low, high) in enumerate([(0, 5), (5, 11), (11, 17)]):
-        before = model.lm_head(hidden_states, model.model.embed_tokens)
+        before = score(model.lm_head, model.model.embed_tokens, hidden_states)
         with torch.no_grad():
-            model.model.embed_tokens.projections[str(index)] += 0.5
-        after = model.lm_head(hidden_states, model.model.embed_tokens)
+            model.model.embed_tokens.projections.get_parameter(str(index)).add_(0.5)
+        after = score(model.lm_head, model.model.embed_tokens, hidden_states)
         changed = (before != after).any(0)
         expected = torch.zeros(17, dtype=torch.bool)
         expected[low:high] = index == 1

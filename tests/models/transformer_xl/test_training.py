@@ -36,7 +36,23 @@ def test_losses_are_in_token_order_and_their_mean_is_the_loss(variant):
     expected = -probabilities[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(output.losses, expected, **EXACT)
     torch.testing.assert_close(output.loss, expected.mean(), **EXACT)
-    assert (output.logits is None) == (variant != "plain")
+    torch.testing.assert_close(output.logits.log_softmax(-1), probabilities, **EXACT)
+
+
+@pytest.mark.parametrize("variant", HEADS)
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_loss_is_the_same_whatever_logits_are_kept(name, variant):
+    """In evaluation they stand beside the loss; in training an adaptive softmax computes none."""
+    model = small_model(**VARIANTS[variant])
+    ids, labels = random_ids(2, 5), IGNORED
+    logits, losses = model(ids).logits, model(ids, **{name: labels}).losses
+    for kept, expected in ((0, logits), (2, logits[:, -2:]), (torch.tensor([3, 1]), logits[:, [3, 1]])):
+        output = model(ids, logits_to_keep=kept, **{name: labels})
+        torch.testing.assert_close(output.logits, expected, **EXACT)
+        torch.testing.assert_close(output.losses, losses, **EXACT)
+    trained = model.train()(ids, **{name: labels})
+    torch.testing.assert_close(trained.losses, losses, **EXACT)
+    assert (trained.logits is None) == model.config.is_adaptive
 
 
 @pytest.mark.parametrize("variant", HEADS)
