@@ -86,15 +86,17 @@ def _sdpa(
     if is_causal:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, dropout_p=dropout)
     length, key_len = query.shape[2], key.shape[2]
-    block = MASKED_QUERIES if exclude_self else length
-    parts = []
-    for start in range(0, length, block):
-        queries = slice(start, min(start + block, length))
+
+    def attend(queries: slice) -> Tensor:
         mask = _score_mask(query, queries, key_len, attention_mask, exclude_self)
-        part = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query[:, :, queries], key, value, attn_mask=mask, scale=scale, dropout_p=dropout
         )
-        parts.append(part)
+
+    # An exported program would keep the number of parts, and with it the length.
+    if not exclude_self or torch.compiler.is_exporting():
+        return attend(slice(0, length))
+    parts = [attend(slice(start, min(start + MASKED_QUERIES, length))) for start in range(0, length, MASKED_QUERIES)]
     return parts[0] if len(parts) == 1 else torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
 

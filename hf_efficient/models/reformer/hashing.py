@@ -8,6 +8,7 @@ each has directions of its own, and the bucket is the number whose digits they a
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -36,6 +37,19 @@ def draw_rotations(
     generator = torch.Generator().manual_seed(seed)
     shape = (num_heads, head_dim, num_hashes, sum(num_buckets) // 2)
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def fixed_rotations(seed: int, *sizes: int | tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """`draw_rotations` for a seed that is always the same: compiled and exported programs hold them as a constant.
+
+    `torch.export` would record how they are drawn, but the generator's seed only once: the second call of the program
+    would draw others. It watches one thread, so another one draws them.
+    """
+    if not torch.compiler.is_compiling():
+        return draw_rotations(seed, *sizes, device=device)
+    with ThreadPoolExecutor(max_workers=1) as other_thread:
+        return other_thread.submit(draw_rotations, seed, *sizes, device=device).result()
 
 
 def _digit(rotated: Tensor) -> Tensor:
@@ -92,13 +106,21 @@ def hash_vectors(
     *_, num_hashes, num_directions = rotations.shape
     exact = torch.promote_types(vectors.dtype, torch.float32)
     rotations = rotations.to(exact).flatten(-2)
-    block = max(1, BLOCK_NUMBERS // max(1, batch_size * num_heads * num_hashes * num_directions))
-    buckets = torch.empty(batch_size, num_heads, num_hashes, length, dtype=torch.int64, device=vectors.device)
+
+    def of_block(block: Tensor) -> Tensor:
+        """(B, H, t, K) to (B, H, R, t)."""
+        rotated = torch.matmul(block.to(exact), rotations).unflatten(-1, (num_hashes, num_directions))
+        return _bucket_numbers(rotated, num_buckets).transpose(2, 3)
+
     with torch.autocast(vectors.device.type, enabled=False):
-        for start in range(0, length, block):
-            rotated = torch.matmul(vectors[:, :, start : start + block].to(exact), rotations)
-            numbers = _bucket_numbers(rotated.unflatten(-1, (num_hashes, num_directions)), num_buckets)
-            buckets[..., start : start + block] = numbers.transpose(2, 3)
+        if torch.compiler.is_exporting():
+            # The number of blocks would be recorded, and with it the length.
+            buckets = of_block(vectors)
+        else:
+            size = max(1, BLOCK_NUMBERS // max(1, batch_size * num_heads * num_hashes * num_directions))
+            buckets = torch.empty(batch_size, num_heads, num_hashes, length, dtype=torch.int64, device=vectors.device)
+            for start in range(0, length, size):
+                buckets[..., start : start + size] = of_block(vectors[:, :, start : start + size])
     if attention_mask is not None:
         buckets.masked_fill_(~attention_mask[:, None, None], math.prod(num_buckets))
     return buckets
@@ -157,6 +179,7 @@ __all__ = [
     "choose_num_buckets",
     "compact_buckets",
     "draw_rotations",
+    "fixed_rotations",
     "hash_vectors",
     "key_scale",
     "shared_key",

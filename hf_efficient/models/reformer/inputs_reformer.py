@@ -33,7 +33,19 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
 # Copied from hf_efficient/models/transformer_xl/inputs_transformer_xl.py::pads_last
 def pads_last(mask: Tensor) -> tuple[Tensor, Tensor]:
     """From a mask (B, T): the order (B, T) that puts tokens first and pads last, and the number of pads (B,)."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True), (~mask).sum(dim=1)
+    is_pad = ~mask
+    num_pads = is_pad.sum(dim=1)
+    # Where each one goes; a stable sort by hand, because ONNX has none.
+    first_pad = mask.shape[1] - num_pads[:, None]
+    place = torch.where(mask, mask.cumsum(dim=1), first_pad + is_pad.cumsum(dim=1)) - 1
+    return inverse(place), num_pads
+
+
+# Copied from hf_efficient/models/transformer_xl/inputs_transformer_xl.py::inverse
+def inverse(order: Tensor) -> Tensor:
+    """(B, T) that undoes an order (B, T)."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
 
 
 # Copied from hf_efficient/models/transformer_xl/inputs_transformer_xl.py::reorder
@@ -67,6 +79,15 @@ def check_labels(name: str, labels: Tensor, shape: torch.Size, vocab_size: int) 
         )
     if can_look_at(labels):
         check_ids(name, labels[labels != -100], vocab_size)
+
+
+def cut(states: Tensor, dim: int, length: int) -> Tensor:
+    """The first `length` along `dim`; the tensor itself, part of the graph to the loss, if that is all."""
+    if not isinstance(length, int):
+        # A symbol of an exported program, which would record how a slice lies in memory, and with it whether the last
+        # chunk was full.
+        return states.index_select(dim, torch.arange(length, device=states.device))
+    return states if states.shape[dim] == length else states.narrow(dim, 0, length)
 
 
 def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, config: ReformerConfig) -> Tensor:
@@ -228,6 +249,8 @@ __all__ = [
     "check_tokens",
     "chunk_padding",
     "count_last_tokens",
+    "cut",
+    "inverse",
     "pads_last",
     "reorder",
     "reorder_attention",

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .blockwise_attention import Span, blockwise_attention
 from .full_attention import check_implementation, full_attention
+from .inputs_reformer import cut
 
 
 def visible_chunks(num_chunks: int, num_chunks_before: int, num_chunks_after: int) -> Tensor:
@@ -22,7 +23,7 @@ def visible_chunks(num_chunks: int, num_chunks_before: int, num_chunks_after: in
     return (torch.arange(num_chunks)[:, None] + offsets) % num_chunks
 
 
-def eager_local_attention(
+def plain_local_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -33,11 +34,12 @@ def eager_local_attention(
     is_causal: bool,
     attention_mask: Tensor | None,
     dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """Plain form that also returns the probabilities as a map (B, H, T, T)."""
+    with_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Plain form, which can also return the probabilities as a map (B, H, T, T)."""
     batch_size, num_heads, length, head_dim = query.shape
-    missing = -length % chunk_length
-    num_chunks = (length + missing) // chunk_length
+    num_chunks = -(-length // chunk_length)
+    missing = num_chunks * chunk_length - length
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=query.device)
     live = F.pad(attention_mask, (0, missing))
@@ -59,11 +61,12 @@ def eager_local_attention(
     scores = torch.matmul(query_chunks * head_dim**-0.5, seen_keys.transpose(-1, -2)).to(exact)
     scores = scores.masked_fill(~allowed, torch.finfo(exact).min)
     weights = F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
-    output = torch.matmul(weights, seen_values).flatten(2, 3)[:, :, :length]
-
+    output = cut(torch.matmul(weights, seen_values).flatten(2, 3), 2, length)
+    if not with_weights:
+        return output, None
     weights_map = weights.new_zeros(batch_size, num_heads, num_chunks, chunk_length, num_chunks * chunk_length)
     weights_map = weights_map.scatter_add(-1, positions[:, None].expand_as(weights), weights).flatten(2, 3)
-    return output, weights_map[:, :, :length, :length]
+    return output, cut(cut(weights_map, 2, length), 3, length)
 
 
 def causal_spans(length: int, chunk_length: int, num_chunks_before: int) -> tuple[Span, ...]:
@@ -177,12 +180,11 @@ def local_attention(
         "num_chunks_before": num_chunks_before,
         "num_chunks_after": num_chunks_after,
     }
-    if implementation == "eager":
-        return eager_local_attention(query, key, value, **chunks, **dropout_and_mask)
     # Neither chunks that count twice nor, when causal, a last chunk that sees the first one are worth a fused form.
-    fits = query.shape[2] > max(num_chunks_before, num_chunks_after) * chunk_length
-    if not fits or (is_causal and num_chunks_after > 0) or torch.compiler.is_compiling():
-        return eager_local_attention(query, key, value, **chunks, **dropout_and_mask)[0], None
+    is_plain = implementation == "eager" or (is_causal and num_chunks_after > 0) or torch.compiler.is_compiling()
+    if is_plain or query.shape[2] <= max(num_chunks_before, num_chunks_after) * chunk_length:
+        with_weights = implementation == "eager"
+        return plain_local_attention(query, key, value, **chunks, **dropout_and_mask, with_weights=with_weights)
     return fused_local_attention(query, key, value, **chunks, **dropout_and_mask), None
 
 

@@ -70,8 +70,9 @@ def _find_neighbours(
     dtype: torch.dtype,
 ) -> BucketChunks:
     """Sort the tokens and cut them into chunks; what the last chunk lacks is filled with pads."""
-    length = buckets.shape[-1]
-    missing = -length % chunk_length
+    num_rounds, length = buckets.shape[2:]
+    chunks_per_round = -(-length // chunk_length)
+    missing = chunks_per_round * chunk_length - length
     order, slots = sort_by_bucket(F.pad(buckets, (0, missing), value=num_buckets), num_buckets)
     order, slots = circle(order.flatten(2), chunk_length, *looks), slots[..., :length]
     places = order.to(dtype)
@@ -80,7 +81,7 @@ def _find_neighbours(
         places = torch.where(is_token.gather(2, order), places, PAD_PLACE)
     elif missing > 0:
         places = torch.where(order < length, places, PAD_PLACE)
-    num_chunks = buckets.shape[2] * (length + missing) // chunk_length
+    num_chunks = num_rounds * chunks_per_round
     return BucketChunks(
         rows=order.clamp_(max=length - 1).int(),
         slots=slots.int(),

@@ -29,6 +29,7 @@ from .inputs_reformer import (
     check_tokens,
     chunk_padding,
     count_last_tokens,
+    cut,
     pads_last,
     reorder,
     reorder_attention,
@@ -226,15 +227,16 @@ class ReformerBody(ReformerPreTrainedModel):
             position_ids = self._default_positions(tokens, cache, num_pads)
         hidden_states = self.embeddings(tokens, position_ids)
 
+        rotations = self._check_rotations(kwargs.get("rotations"))
         call = ReformerCall(
             layer_types=layer_types,
             num_hashes=num_hashes,
-            seed=self._seed(layer_types),
+            seed=self._seed(layer_types, rotations),
             attention_mask=mask,
             num_tokens=tokens.shape[1],
             num_pads=num_pads,
             num_last_tokens=num_last_tokens,
-            rotations=self._check_rotations(kwargs.get("rotations")),
+            rotations=rotations,
             cache=cache,
             is_continued=num_seen > 0,
             wanted=self._wanted(output_hidden_states, output_attentions, kwargs),
@@ -255,7 +257,9 @@ class ReformerBody(ReformerPreTrainedModel):
         """The cache to read and add to, or None."""
         if past_key_values is None:
             if use_cache is None:
-                use_cache = self.config.use_cache and not torch.is_grad_enabled()
+                # An exported program cannot return one.
+                is_possible = not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+                use_cache = self.config.use_cache and is_possible
             is_kept = use_cache and self.config.is_decoder and not self.training
             return self.create_cache(layer_types) if is_kept else None
         if not isinstance(past_key_values, ReformerCache):
@@ -296,10 +300,18 @@ class ReformerBody(ReformerPreTrainedModel):
             check_length(int(last.max()) + 1, self.config)
         return positions.clamp(max=self.config.num_positions - 1) if has_pads else positions
 
-    def _seed(self, layer_types: list[str]) -> int:
+    def _seed(self, layer_types: list[str], rotations: list[Tensor | None] | None) -> int:
         """Where this call's rotations come from: in evaluation always the same, the caller's generator untouched."""
-        is_drawn = self.training and self.config.hash_seed is None
-        return draw_seed() if is_drawn and any(kind in HASHED_LAYERS for kind in layer_types) else 0
+        given = rotations if rotations is not None else [None] * len(layer_types)
+        lacks = any(kind in HASHED_LAYERS and own is None for kind, own in zip(layer_types, given, strict=True))
+        if not lacks or not self.training or self.config.hash_seed is not None:
+            return 0
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "In training mode each call draws rotations of its own for hashing, which an exported program could "
+                "not; call model.eval(), set config.hash_seed, or give rotations."
+            )
+        return draw_seed()
 
     def _check_rotations(self, rotations: list[Tensor | None] | None) -> list[Tensor | None] | None:
         num_layers = len(self.config.attn_layers)
@@ -328,18 +340,18 @@ class ReformerBody(ReformerPreTrainedModel):
         back = None if order is None else order.argsort(dim=1)
 
         def states_back(states: Tensor) -> Tensor:
-            states = _cut(states, 1, length)
+            states = cut(states, 1, length)
             return states if back is None else reorder(states, back)
 
         def weights_back(weights: Tensor) -> Tensor:
             num_keys = weights.shape[3] - (weights.shape[2] - length)
-            weights = _cut(_cut(weights, 2, length), 3, num_keys)
+            weights = cut(cut(weights, 2, length), 3, num_keys)
             return weights if back is None else reorder_attention(weights, back)
 
         def buckets_back(buckets: Tensor | None) -> Tensor | None:
             if buckets is None:
                 return None
-            buckets = _cut(buckets, 3, length)
+            buckets = cut(buckets, 3, length)
             return buckets if back is None else reorder_buckets(buckets, back)
 
         def each(name: str, move: Callable[[Any], Any], count: int) -> tuple[Any, ...] | None:
@@ -384,15 +396,11 @@ def draw_seed() -> int:
     return int(torch.randint(SEED_BOUND, ()))
 
 
-def _cut(states: Tensor, dim: int, length: int) -> Tensor:
-    """The first `length` along `dim`; the tensor itself, part of the graph to the loss, if that is all."""
-    return states if states.shape[dim] == length else states.narrow(dim, 0, length)
-
-
 def _fill_chunks(hidden_states: Tensor, call: ReformerCall, config: ReformerConfig) -> Tensor:
     """Add masked pads up to whole chunks, where layers need them; changes the call's mask to match."""
     num_added = chunk_padding(call.num_tokens, call.layer_types, config.is_decoder, config)
-    if num_added == 0:
+    # An exported program may leave the length open, which makes it a symbol: then some are added, or none.
+    if isinstance(num_added, int) and num_added == 0:
         return hidden_states
     mask = call.attention_mask
     if mask is None:

@@ -22,6 +22,7 @@ from .hashing import (
     choose_num_buckets,
     compact_buckets,
     draw_rotations,
+    fixed_rotations,
     hash_vectors,
     shared_key,
 )
@@ -263,11 +264,12 @@ class ReformerSelfAttention(nn.Module):
         if given is not None:
             return given.to(query_key.device)
         config = self.config
-        seed = config.hash_seed
-        if seed is None:
-            seed = (call.seed + (self.layer_idx + 1) * SEED_STEP) % 2**63
-        sizes = config.num_attention_heads, config.attention_head_size, call.num_hashes
-        return draw_rotations(seed, *sizes, num_buckets, device=query_key.device)
+        sizes = config.num_attention_heads, config.attention_head_size, call.num_hashes, num_buckets
+        if config.hash_seed is not None:
+            return fixed_rotations(config.hash_seed, *sizes, device=query_key.device)
+        seed = (call.seed + (self.layer_idx + 1) * SEED_STEP) % 2**63
+        draw = draw_rotations if self.training else fixed_rotations
+        return draw(seed, *sizes, device=query_key.device)
 
     def check_hashing(self, hidden_states: Tensor, call: ReformerCall) -> None:
         """Refuse rotations, hash rounds and layer types that do not fit; before any layer has added to the cache.

@@ -62,7 +62,8 @@ def _find_neighbours(
     before = -(-window // CHUNK_LENGTH)
     chunk_length = -(-window // before)
     after = 0 if is_causal else before
-    missing = -slots[0, 0].numel() % chunk_length
+    num_slots = slots.shape[2] * slots.shape[3]
+    missing = -(-num_slots // chunk_length) * chunk_length - num_slots
     earlier, later = (F.pad(count.flatten(2), (0, missing)).to(dtype).mul_(2 * SELF_STEP) for count in counts)
     query, key = torch.arange(chunk_length), torch.arange((before + 1 + after) * chunk_length)
     distance = (before * chunk_length + query[:, None] - key).to(buckets.device, dtype)
