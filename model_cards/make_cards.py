@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hf_efficient.hub import write_model_card
+from hf_efficient.hub.model_card import adapt_usage
 from hf_efficient.plots import plot_loss, plot_memory
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +65,7 @@ def run_card(name: str, report: dict[str, Any], notes: Notes) -> str:
         for picture in pictures_of(report):
             (folder / picture).touch()
         card = write_model_card(folder, LICENSE, notes.metadata["language"]).read_text("utf-8")
+    card = adapt_usage(card, f"runs/{name}", with_code=False)  # where the command in it puts the model
     return re.sub(r"\]\((\w+\.png)\)", rf"]({name}_\1)", card)
 
 

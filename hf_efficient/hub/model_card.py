@@ -53,7 +53,7 @@ TASKS = {
         "Language modelling",
         "model_card_template.md",
         "text-generation",
-        ("long-context",),
+        (),
         (LOSS, PERPLEXITY, ("bits_per_byte", "bits_per_byte", "Bits per byte", "{:.4f}")),
     ),
     "translation": Task(
@@ -71,12 +71,13 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Paper:
-    """What a card says of an architecture. reading: how it reads a long text."""
+    """What a card says of an architecture. reading: how it reads a long text; tags: beside the architecture's own."""
 
     name: str
     authors: str
     arxiv: str
     reading: str
+    tags: tuple[str, ...] = ()
 
 
 PAPERS = {
@@ -85,6 +86,7 @@ PAPERS = {
         "Dai et al. 2019",
         "1901.02860",
         "It reads text segment by segment and carries a memory of the segments before along.",
+        ("long-context",),
     ),
     "reformer": Paper(
         "Reformer",
@@ -92,6 +94,7 @@ PAPERS = {
         "2001.04451",
         "It reads long segments at once: hashing finds the tokens that each token attends to, and reversible layers "
         "keep the memory of training independent of depth.",
+        ("long-context",),
     ),
     "universal_transformer": Paper(
         "Universal Transformer",
@@ -134,6 +137,7 @@ def write_model_card(
     and the measured results as a model index), the results with what they were measured on, code that loads the
     model, settings, hardware, the command that repeats the run, the curves, and the model's limits.
 
+    run_folder: as a relative path it is also what the card's program loads, until the model has a name on the Hub.
     license: identifier of the Hub's list, such as "apache-2.0"; the licence of a model is its maker's to choose.
     language: of the text, as a code such as "en", or several; None leaves it out unless the text is a known one.
 
@@ -151,6 +155,7 @@ def write_model_card(
         paper=PAPERS[report["architecture"]],
         leaks=LEAKY_LAYER in read_layer_types(folder),
         model_name=folder.resolve().name,
+        place=folder.resolve().name if folder.is_absolute() else folder.as_posix(),
         results=result_rows(report),
         progress=progress_rows(report),
         settings=settings_rows(report["settings"]),
@@ -223,15 +228,17 @@ def card_data(
     """The metadata at the head of the card."""
     texts = report["data"]["text"]
     known = sorted({LANGUAGES[text] for text in texts if text in LANGUAGES})
-    arxiv = PAPERS[report["architecture"]].arxiv
-    task = task_of(report)
+    paper, task = PAPERS[report["architecture"]], task_of(report)
     return ModelCardData(
         license=license,
         language=language or known or None,
         datasets=[text for text in texts if is_dataset(text)] or None,
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=["hf_efficient", report["architecture"].replace("_", "-"), *task.tags, f"arxiv:{arxiv}"],
+        tags=[
+            *("hf_efficient", report["architecture"].replace("_", "-")),
+            *(*paper.tags, *task.tags, f"arxiv:{paper.arxiv}"),
+        ],
         model_name=folder.resolve().name,
         eval_results=eval_results(report),
     )

@@ -1,6 +1,7 @@
 """Cards hold what was measured, in metadata that the Hub accepts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -149,6 +150,23 @@ def test_course_of_the_validation(run_folder, steps, shown):
     assert ("While training" in text) is bool(lines)
     header = "| Updates | Loss (nats per token) | Perplexity per token | Bits per byte |\n|---|---|---|---|\n"
     assert not lines or header + "\n".join(lines) + "\n\n## How to use it" in text
+
+
+def test_program_loads_the_folder_from_where_it_was_trained(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder.parents[1])
+    path = write_model_card(Path(run_folder.parent.name, run_folder.name))
+    text = path.read_text("utf-8")
+    assert text.count(f'from_pretrained("{run_folder.parent.name}/my-model")') == 2
+    assert ModelCard.load(path).data.model_name == "my-model"
+    published = adapt_usage(text, "me/new", with_code=True)
+    assert published.count('from_pretrained("me/new", trust_remote_code=True)') == 2
+    assert run_folder.parent.name not in published
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("reformer", True), ("act_rnn", False)])
+def test_tag_of_architectures_for_long_texts(run_folder, architecture, expected):
+    write_report(run_folder, REPORT | {"architecture": architecture})
+    assert ("long-context" in ModelCard.load(write_model_card(run_folder)).data.tags) is expected
 
 
 def test_course_of_the_steps(run_folder):
