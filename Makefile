@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 METADATA := setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor test-hub test-contract test-matrix test-newest test-dist what-broke newest lint types format docs notebooks bench dist clean
+.PHONY: help demo test test-slow test-floor test-hub test-hub-floor test-contract test-matrix test-newest test-dist what-broke newest lint types format docs notebooks bench dist clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -32,6 +32,9 @@ test-floor: $(VENV)/floor.txt ## the quick tests with the oldest transformers we
 
 test-hub: $(VENV)/.installed-dev $(VENV)/hub/.installed ## publish every model, load it where this package is not installed
 	HF_EFFICIENT_CLEAN_PYTHON=$(abspath $(VENV))/hub/bin/python $(BIN)/python -m pytest -m slow tests/hub
+
+test-hub-floor: $(VENV)/floor.txt ## the same with the oldest transformers we support
+	$(MAKE) test-hub VENV=$(VENV)/floor CONSTRAINTS=$<
 
 test-contract: $(VENV)/.installed-dev ## what every model does with everything else; the results stand in the documentation
 	HF_EFFICIENT_CONTRACT=docs/site/contract.json $(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow" tests/contract
