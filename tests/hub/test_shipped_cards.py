@@ -3,10 +3,14 @@
 import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from docs_pages import commands
 from huggingface_hub import ModelCard
+
+from hf_efficient.cli.arguments import CommandParser
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[2]
@@ -15,6 +19,7 @@ sys.path.extend(map(str, (FOLDER, ROOT / "benchmarks")))
 
 import experiments  # noqa: E402 (found on the path just extended)
 import make_cards  # noqa: E402
+from reproductions import runner  # noqa: E402
 
 CARDS = sorted(path.stem for path in FOLDER.glob("*.md") if path.name != "README.md")
 RECORDED = sorted(path.stem for path in make_cards.RECORDS.glob("*.json"))
@@ -87,6 +92,28 @@ def test_model_index_of_a_table(name):
             means = {round((one + other) / 2, 4) for one in first for other in others[0]}
             assert result.metric_value in means, result.metric_name
     assert {row for row in by_row if any(result.metric_name.endswith(f", {row}") for result in results)} == set(by_row)
+
+
+COMMANDS = [(name, words) for name in CARDS for words in commands(FOLDER / f"{name}.md")]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), COMMANDS, ids=[f"{name}-{' '.join(words)[:40]}" for name, words in COMMANDS]
+)
+def test_command_that_repeats_the_run_is_understood(name, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, command, *arguments = words
+    if program == "hf-efficient":
+        CommandParser(import_module(f"hf_efficient.cli.{command}").COMMAND.for_arguments(arguments)).read(arguments)
+    else:
+        assert program == "python"
+        assert Path(command).is_file()
+        if command == "benchmarks/reproduce.py":
+            assert f"reproduction_{runner.parse(arguments).tables[0]}" == name
+
+
+def test_every_card_has_its_command():
+    assert {name for name, _ in COMMANDS} == set(CARDS)
 
 
 def test_figures_printed_by_a_script():
