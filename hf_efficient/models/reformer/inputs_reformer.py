@@ -4,9 +4,10 @@ Letters in shape notes: B batch, H heads, R hash rounds, T tokens of the call, S
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_reformer import SHARED_QUERY_KEY_LAYERS, ReformerConfig, check_layer_types
 
@@ -160,6 +161,24 @@ def count_last_tokens(mask: Tensor) -> int:
     return int(mask.all(dim=0).flip(0).long().cumprod(0).sum())
 
 
+# Copied from hf_efficient/models/universal_transformer/inputs_universal_transformer.py::is_replica
+def is_replica(module: nn.Module, past_key_values: Any, use_cache: bool | None) -> bool:
+    """Whether `module` is a copy by `nn.DataParallel`, whose calls keep no cache: the copies' could not be joined.
+
+    Raises:
+        ValueError: a cache was given to a copy, or asked of it.
+    """
+    if not getattr(module, "_is_replica", False):
+        return False
+    if past_key_values is not None or use_cache:
+        given = "use_cache=True" if past_key_values is None else "past_key_values"
+        raise ValueError(
+            f"{given} was given under nn.DataParallel, which cannot split a cache among GPUs; leave it out, or start "
+            "one process for each GPU: torchrun --nproc_per_node <GPUs>."
+        )
+    return True
+
+
 def check_positions(position_ids: Tensor | None, tokens: Tensor, config: ReformerConfig) -> None:
     """Refuse positions of another shape than (B or 1, T), or without an embedding."""
     if position_ids is None:
@@ -251,6 +270,7 @@ __all__ = [
     "count_last_tokens",
     "cut",
     "inverse",
+    "is_replica",
     "pads_last",
     "reorder",
     "reorder_attention",

@@ -30,6 +30,7 @@ from .inputs_reformer import (
     chunk_padding,
     count_last_tokens,
     cut,
+    is_replica,
     pads_last,
     reorder,
     reorder_attention,
@@ -255,6 +256,8 @@ class ReformerBody(ReformerPreTrainedModel):
         self, past_key_values: ReformerCache | None, use_cache: bool | None, layer_types: list[str]
     ) -> ReformerCache | None:
         """The cache to read and add to, or None."""
+        if is_replica(self, past_key_values, use_cache):
+            return None
         if past_key_values is None:
             if use_cache is None:
                 # An exported program cannot return one.
