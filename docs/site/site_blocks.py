@@ -2,13 +2,14 @@
 
 import ast
 import contextlib
+import functools
 import importlib
 import io
 import json
+import math
 import os
 import re
 from dataclasses import MISSING, Field, fields
-from functools import cache
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def command_pages() -> str:
 # --- results ----------------------------------------------------------------------------------------------
 
 
-@cache
+@functools.cache
 def rows_of(benchmark: str) -> list[dict[str, Any]]:
     """The rows of a benchmark's result file."""
     return json.loads((BENCHMARKS / "results" / f"{benchmark}.json").read_text("utf-8"))
@@ -161,6 +162,53 @@ def with_unit(value: float, unit: str) -> str:
     if unit == "s" and value < 1:
         return f"{digits(1000 * value)} ms"
     return " ".join([digits(value), *UNITS.get(unit, ())])
+
+
+def detail(case: str, *keys: str) -> str:
+    """A figure among the details of a row, found by `keys`, one inside the other."""
+    return digits(functools.reduce(lambda found, key: found[key], keys, row_of(case)["details"]))
+
+
+def percent(case: str, *keys: str) -> str:
+    """The same for a share, in percent."""
+    share = functools.reduce(lambda found, key: found[key], keys, row_of(case)["details"])
+    return f"{100 * share:.0f} %"
+
+
+def crossing(benchmark: str, unit: str) -> str:
+    """The length from which on ours needs less than the peer (`s` or `mb`), read between the logarithms."""
+    rows = sorted(rows_of(benchmark), key=lambda row: row["config"]["length"])
+    points = [(row["config"]["length"], row[f"peer_{unit}"] / row[f"ours_{unit}"]) for row in rows]
+    (low, below), (high, above) = next(
+        pair for pair in zip(points, points[1:], strict=False) if pair[0][1] < 1 <= pair[1][1]
+    )
+    share = math.log(below) / (math.log(below) - math.log(above))
+    return f"{round(low * (high / low) ** share, -2):,.0f}"
+
+
+def halting_prices() -> list[float]:
+    """What halting takes, relative to a time proportional to the steps taken, in every case measured."""
+    rows = [row for row in rows_of("ut_act_speed") if row["config"]["halted_keys"] == "refresh"]
+    return [
+        row["ours_s"] / row["peer_s"] * row["config"]["max_steps"] / row["config"]["mean_ponder_time"] for row in rows
+    ]
+
+
+def halting_price() -> str:
+    """The lowest and the highest of them."""
+    return f"{min(halting_prices()):.2f} to {max(halting_prices()):.2f}"
+
+
+def halting_share() -> str:
+    """The share of steps up to which halting saves time, whatever the case."""
+    return f"{100 / max(halting_prices()):.0f} %"
+
+
+def reproduced(experiment: str, name: str, *keys: str) -> str:
+    """A result of a reproduced experiment, mean of the seeds; `name` is how the row's name begins."""
+    rows = [row for row in rows_of(f"reproductions/{experiment}") if row["row"].startswith(name)]
+    values = [functools.reduce(lambda found, key: found[key], keys, row["results"]) for row in rows]
+    return digits(sum(values) / len(values))
 
 
 def digits(value: float) -> str:
@@ -254,11 +302,17 @@ BLOCKS = {
     "contract_models": contract_models,
     "contract_table": contract_table,
     "contract_versions": contract_versions,
+    "crossing": crossing,
+    "detail": detail,
     "figure": figure,
+    "halting_price": halting_price,
+    "halting_share": halting_share,
     "heads_table": heads_table,
     "measured": measured,
     "memory": memory,
+    "percent": percent,
     "presets_table": presets_table,
+    "reproduced": reproduced,
     "reproductions": reproductions,
     "setting": setting,
 }

@@ -1,4 +1,4 @@
-"""Figures of the performance page, drawn from benchmarks/results while the site is built."""
+"""Figures of the pages on performance and on choosing, drawn from benchmarks/results while the site is built."""
 
 import io
 
@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from site_blocks import rows_of
 
-BLUE, ORANGE, GREY = "#2563a8", "#d95f02", "#6b7280"
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d95f02", "#2e8b57", "#6b7280"
+LIGHT_ORANGE = "#f0a868"
 
 
 def figures() -> dict[str, bytes]:
@@ -15,6 +16,7 @@ def figures() -> dict[str, bytes]:
     drawn = {
         "reformer_vs_sdpa": reformer_against_length(),
         "reformer_depth_memory": reformer_against_depth(),
+        "translation": translators_against_time(),
         "ut_act_speed": time_against_ponder_time(),
     }
     return {f"figures/{name}.svg": svg(figure) for name, figure in drawn.items()}
@@ -88,4 +90,30 @@ def time_against_ponder_time() -> Figure:
     axes.set_xlabel("mean ponder time / steps allowed")
     axes.set_ylabel("time / time without halting")
     axes.legend(frameon=False)
+    return figure
+
+
+def translators_against_time() -> Figure:
+    """Loss in training by CPU seconds, and BLEU at the end; one seed of each model."""
+    colors = {
+        "Transformer, 2 + 2 layers": ORANGE,
+        "Transformer with LayerNorm in front, 2 + 2 layers": LIGHT_ORANGE,
+        "Evolved Transformer, 1 + 1 blocks": BLUE,
+        "Universal Transformer, 3 steps": GREEN,
+        "Reformer, 2 + 2 layers": GREY,
+    }
+    rows = {row["row"]: row for row in rows_of("reproductions/translation") if row["seed"] == 0}
+    figure, (losses, scores) = canvas(2)
+    for name, color in colors.items():
+        training, bleu = rows[name]["training"], rows[name]["results"]["bleu"]["4"]
+        seconds = [point["step"] * training["seconds"] / training["steps"] for point in training["curve"]]
+        losses.plot(seconds, [point["loss"] for point in training["curve"]], color=color, label=name.partition(",")[0])
+        scores.plot(training["seconds"], bleu, "o", color=color)
+    losses.set_ylim(2.6, 5)
+    losses.set_xlabel("CPU seconds of training")
+    losses.set_ylabel("loss in training, nats per token")
+    losses.legend(frameon=False, fontsize="small")
+    scores.set_ylim(bottom=0)
+    scores.set_xlabel("CPU seconds of training")
+    scores.set_ylabel("BLEU, 4 beams")
     return figure

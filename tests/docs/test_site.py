@@ -117,9 +117,32 @@ def test_unknown_block_is_found():
         site_blocks.expand_blocks("{{ table_of(1) }}")
 
 
-def test_figures_on_the_performance_page_are_read_not_typed():
-    text = site_blocks.BLOCK.sub("", (DOCS / "performance.md").read_text("utf-8"))
+@pytest.mark.parametrize("page", ["performance.md", "choosing.md"])
+def test_figures_are_read_not_typed(page):
+    text = site_blocks.BLOCK.sub("", (DOCS / page).read_text("utf-8"))
     assert re.findall(r"\d", text) == []
+
+
+def test_crossing_is_that_of_the_report():
+    """benchmarks/reformer_vs_sdpa.py computes the same for the page of all results."""
+    report = (ROOT / "benchmarks" / "results" / "README.md").read_text("utf-8")
+    assert f"faster than the Llama from about {site_blocks.crossing('reformer_vs_sdpa', 's')} tokens on" in report
+    assert int(site_blocks.crossing("reformer_vs_sdpa", "mb").replace(",", "")) < 2048
+
+
+def test_price_of_halting_is_that_of_the_report():
+    report = (ROOT / "benchmarks" / "results" / "README.md").read_text("utf-8")
+    found = re.findall(r"time is ([\d.]+) to ([\d.]+) times n / N", report)
+    low, high = min(low for low, _ in found), max(high for _, high in found)
+    assert site_blocks.halting_price() == f"{low} to {high}"
+    assert site_blocks.halting_share() == f"{100 / float(high):.0f} %"
+
+
+def test_reproduced_figure_is_the_mean_of_the_seeds():
+    report = (ROOT / "benchmarks" / "results" / "README.md").read_text("utf-8")
+    for name in ("Evolved", "Transformer with", "Transformer, 2"):
+        cell = re.search(rf"^\| {name}.*? \| +[\d,]+ \| [^|]* \| +([\d.]+)", report, re.MULTILINE)[1]
+        assert abs(float(site_blocks.reproduced("translation", name, "bleu", "4")) - float(cell)) < 0.06
 
 
 def test_measured_figure_is_that_of_the_file():
@@ -147,7 +170,7 @@ def test_every_benchmark_is_on_the_performance_page():
 def test_figures_are_drawn_and_the_same_every_time():
     drawn = site_figures.figures()
     assert drawn == site_figures.figures()
-    named = re.findall(r'figure\("(\w+)"', (DOCS / "performance.md").read_text("utf-8"))
+    named = re.findall(r'figure\("(\w+)"', "".join(path.read_text("utf-8") for path in DOCS.glob("*.md")))
     assert {f"figures/{name}.svg" for name in named} == drawn.keys()
 
 
