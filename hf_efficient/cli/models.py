@@ -286,8 +286,10 @@ def depth_settings(model: PreTrainedModel, **settings: Any) -> dict[str, Any]:
             raise CommandError(f"--{name} means nothing to a {model.config.model_type} model; leave it out.")
     if settings:
         try:
+            token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            target = {"decoder_input_ids": token} if model.config.is_encoder_decoder else {}
             with torch.no_grad():
-                model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **settings)
+                model(token, **target, **settings)
         except USER_ERRORS as error:
             raise CommandError(one_sentence(error)) from error
     return settings

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import sacrebleu
+import torch
 import yaml
 from cli.test_train import losses, report_of, without_times
 from safetensors.torch import load_file
@@ -262,3 +263,26 @@ def test_mistake(files, finished, tmp_path, monkeypatch, capsys, arguments, word
     assert message.count("\n") == 1
     assert [word for word in words if word not in message] == [], message
     assert not (tmp_path / "new").exists()
+
+
+def test_depth_is_a_setting_of_the_call(files, tmp_path, capsys):
+    """For a model of two stacks as well: both take as many steps as the flag says."""
+    folder = tmp_path / "universal"
+    flags = ["--max_steps", "2", "--model.step_signal", "sinusoid"]
+    assert translation(files, folder, *flags, architecture="universal_transformer") == 0
+    text = ["--source_text", str(files / "source.txt"), "--target_text", str(files / "target.txt")]
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), *text, "--num_steps", "1", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForSeq2SeqLM, AutoTokenizer))
+    assert (figures["ponder_time"], figures["num_steps"]) == (1, 1)
+
+    answer = main(["generate", str(folder), "one two", "--num_steps", "1", "--max_new_tokens", "6"])
+    inputs = tokenizer("one two", return_tensors="pt")
+    states = model.eval().get_encoder()(**inputs, num_steps=1)
+    decoded = torch.full((1, 1), model.config.decoder_start_token_id)
+    for _ in range(6):
+        logits = model(encoder_outputs=states, decoder_input_ids=decoded, num_steps=1).logits
+        decoded = torch.cat([decoded, logits[:, -1:].argmax(-1)], dim=1)
+    expected = tokenizer.decode(decoded[0], skip_special_tokens=True).strip()
+    assert (answer, capsys.readouterr().out.strip()) == (0, expected)
