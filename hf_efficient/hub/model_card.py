@@ -160,6 +160,7 @@ def write_model_card(
         progress=progress_rows(report),
         settings=settings_rows(report["settings"]),
         text=TEXTS.get(text, text),
+        origin=describe_origin(report),
         pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
     )
     path = folder / "README.md"
@@ -235,6 +236,7 @@ def card_data(
         datasets=[text for text in texts if is_dataset(text)] or None,
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
+        base_model=base_model(report),
         tags=[
             *("hf_efficient", report["architecture"].replace("_", "-")),
             *(*paper.tags, *task.tags, f"arxiv:{paper.arxiv}"),
@@ -242,6 +244,18 @@ def card_data(
         model_name=folder.resolve().name,
         eval_results=eval_results(report),
     )
+
+
+def base_model(report: dict[str, Any]) -> str | None:
+    """The name on the Hub of the model that the training began with."""
+    source = report.get("pretrained")
+    return source if source is not None and is_dataset(source) else None
+
+
+def describe_origin(report: dict[str, Any]) -> str:
+    """What the training began with."""
+    source = report.get("pretrained")
+    return "from scratch" if source is None else f"further from the weights of {describe_text([source])}"
 
 
 def is_dataset(text: str) -> bool:
@@ -308,6 +322,7 @@ def settings_rows(settings: dict[str, Any]) -> list[tuple[str, str]]:
     flat |= {f"model.{name}": value for name, value in settings.get("model", {}).items()}
     flat |= {name: describe_text(flat[name]) for name in ("text", "validation_text") if name in flat}
     flat |= {name: describe_text([flat[name]]) for name in PAIR_FILES if name in flat}
+    flat |= {name: describe_text([flat[name]]) for name in ("pretrained", "tokenizer") if name in flat}
     return [(name, str(value).replace("|", "\\|")) for name, value in flat.items()]
 
 

@@ -169,6 +169,21 @@ def test_tag_of_architectures_for_long_texts(run_folder, architecture, expected)
     assert ("long-context" in ModelCard.load(write_model_card(run_folder)).data.tags) is expected
 
 
+@pytest.mark.parametrize(
+    ("pretrained", "words", "base"),
+    [("me/whale", "me/whale", "me/whale"), ("/home/me/runs/first", "first", None)],
+)
+def test_run_that_began_with_weights(run_folder, pretrained, words, base):
+    settings = REPORT["settings"] | {"pretrained": pretrained}
+    write_report(run_folder, REPORT | {"pretrained": pretrained, "resumed_at": 1500, "settings": settings})
+    card = ModelCard.load(write_model_card(run_folder))
+    assert card.data.base_model == base
+    assert f"trained further from the weights of {words} on " in card.text
+    assert " s since update 1,500, " in card.text
+    assert "/home/me" not in card.text.split("```bash")[0]
+    assert "from scratch" not in card.text
+
+
 def test_course_of_the_steps(run_folder):
     history = [{"step": step, "eval_loss": 2.5, "eval_ponder_time": step / 4} for step in (5, 10)]
     write_report(run_folder, REPORT | {"history": history})
