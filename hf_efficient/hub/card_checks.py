@@ -91,8 +91,8 @@ def card_hints(card: ModelCard) -> tuple[str, ...]:
         hints.append("no language; add the text's, such as `language: en`")
     if "model-index" not in metadata:
         hints.append("no measured results; train with a validation text, or add a model-index")
-    if BLANK.search(card.content):
-        hints.append(f"it still says {BLANK.search(card.content)[0]!r}; fill that in, or take it out")
+    if blank := BLANK.search(card.content):
+        hints.append(f"it still says {blank[0]!r}; fill that in, or take it out")
     hints += [f"{path} names a person or a machine" for path in sorted(set(HOME.findall(card.content)))]
     return tuple(hints)
 
