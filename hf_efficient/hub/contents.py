@@ -14,12 +14,12 @@ from .remote_code import CODE_LICENSE, architecture_classes, code_files, referen
 from .weight_files import is_training_state, refuse_pickle, weight_files
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER_CONFIG = "config.json", "tokenizer_config.json", "adapter_config.json"
-# Everything a model repository is made of, beside weights, card, pictures and code.
-PARTS = (
-    *(CONFIG, "generation_config.json", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
+TOKENIZER = (
     *(TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
+# Everything a model repository is made of, beside weights, card, pictures and code.
+PARTS = (CONFIG, "generation_config.json", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*", *TOKENIZER)
 SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}\b"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"),

@@ -21,13 +21,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .card_checks import CARD
-from .contents import Contents, Upload, collect_contents
+from .contents import TOKENIZER, TOKENIZER_CONFIG, Contents, Upload, collect_contents
 from .model_card import adapt_usage
 
 # What may stand in a repository that counts as empty: the Hub puts it there itself.
 FROM_THE_HUB = {".gitattributes"}
-# Weights of an earlier commit under another name would be loaded in place of the new ones.
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+# What would be loaded in place of the new model, or with it, if an earlier commit has left it there.
+STALE = (
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "generation_config.json"),
+)
 OUT_OF_SPACE = {413, 507}
 SPACE_WORDS = ("quota", "storage limit", "storage space")
 
@@ -37,7 +40,8 @@ class Publication:
     """What `publish` sends, or has sent; `print` shows it as a list.
 
     repo_id: where it goes. files: what goes, by name. left_out: what of the folder stays, with the reason.
-    hints: what could be better. removed: weights of an earlier commit that are deleted. url: of the commit or pull
+    hints: what could be better. removed: what of an earlier commit is deleted, because
+    it would be loaded too. url: of the commit or pull
     request, None as long as nothing was sent.
     """
 
@@ -60,7 +64,7 @@ class Publication:
             lines.append(f"  {name:<{width}}  {in_words(upload.size):>8}  {upload.note}".rstrip())
         if self.removed:
             lines.append("Deleted there:")
-            lines += [f"  {name:<{width}}  weights of an earlier commit" for name in self.removed]
+            lines += [f"  {name:<{width}}  of an earlier commit; it would be loaded" for name in self.removed]
         if self.left_out:
             lines.append("Stays here:")
             lines += [f"  {name:<{width}}  {reason}" for name, reason in self.left_out.items()]
@@ -158,6 +162,8 @@ def check_repo_id(repo_id: str) -> None:
 
 def check_token(token: str | None) -> None:
     """Raises ValueError, without the token in it, if that cannot be one: such as the whole line of a file."""
+    if isinstance(token, bool):
+        raise TypeError(f"token={token} is none; leave it out to take the one in HF_TOKEN or of `hf auth login`.")
     if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):
         raise ValueError("token is empty, or has white space or other signs that no token has; copy it again.")
 
@@ -238,15 +244,16 @@ def is_same(entry: RepoFile, upload: Upload) -> bool:
 
 
 def compare(publication: Publication, there: dict[str, RepoFile]) -> Publication:
-    """The publication with what it changes in the repository: files replaced, weights that would be left over."""
-    weights = {name for name in there if any(fnmatchcase(name, pattern) for pattern in WEIGHTS)}
+    """The publication with what it changes in the repository: files replaced, and those that would be left over."""
+    patterns = STALE + (TOKENIZER if TOKENIZER_CONFIG in publication.files else ())
+    stale = {name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)}
     files = {
         name: with_note(upload, "unchanged" if is_same(there[name], upload) else "replaces the one there")
         if name in there
         else upload
         for name, upload in publication.files.items()
     }
-    return replace(publication, files=files, removed=tuple(sorted(weights - files.keys())))
+    return replace(publication, files=files, removed=tuple(sorted(stale - files.keys())))
 
 
 def with_note(upload: Upload, note: str) -> Upload:

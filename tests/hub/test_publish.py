@@ -174,6 +174,29 @@ def test_weights_of_an_earlier_commit_are_not_left_to_be_loaded(hub, folder):
     assert hub.files(NAME).keys() == PARTS - {"model.safetensors"} | {*shards, "model.safetensors.index.json"}
 
 
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_what_would_be_loaded_with_the_new_model_is_deleted(hub, folder, tokenizer, capsys):
+    """Of a tokenizer only if another one comes; what a person put there beside the model stays."""
+    old = {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "chat_template.jinja"}
+    kept = {"LICENSE", "notes.txt", "results/table.csv"}
+    hub.repositories[NAME] = Repository()
+    hub.repositories[NAME].commit("main", dict.fromkeys({*old, *kept, "tokenizer.json"}, b"{}"), "old")
+    gone = {"generation_config.json"} | (set() if tokenizer else {"tokenizer.json", "tokenizer_config.json"})
+    for name in gone:
+        (folder / name).unlink()
+    publication = publish(folder, "mine", exist_ok=True)
+    assert set(publication.removed) == old - (set() if tokenizer else {"chat_template.jinja"})
+    assert hub.files(NAME).keys() == PARTS - gone | kept | (
+        set() if tokenizer else {"tokenizer.json", "chat_template.jinja"}
+    )
+    assert "adapter_config.json" in capsys.readouterr().out.split("Deleted there:")[1]
+
+
+def test_flag_in_place_of_a_token(hub, folder):
+    with pytest.raises(TypeError, match="token=True is none; leave it out"):
+        publish(folder, "mine", token=True)
+
+
 # --- a connection that breaks -----------------------------------------------------------------------------------
 
 
