@@ -28,6 +28,7 @@ IMPORTED = {
     "transformers.core_model_loading": {"Chunk", "WeightConverter", "WeightRenaming"},
     "transformers.dynamic_module_utils": {"get_relative_import_files"},
     "transformers.generation": {"GenerationMode"},
+    "transformers.hf_argparser": {"string_to_bool"},
     "transformers.masking_utils": {"create_bidirectional_mask", "create_causal_mask"},
     "transformers.modeling_layers": {"GradientCheckpointingLayer"},
     "transformers.modeling_outputs": {
@@ -73,7 +74,13 @@ OVERRIDDEN = {
     },
     "transformers.tokenization_python.PythonBackend": {"_convert_id_to_token", "_convert_token_to_id", "_tokenize"},
     "transformers.tokenization_utils_base.PreTrainedTokenizerBase": {"_decode"},
-    "transformers.trainer.Trainer": {"_get_train_sampler", "_load_rng_state", "_save_checkpoint", "_save_rng_state"},
+    "transformers.trainer.Trainer": {
+        "_get_train_sampler",
+        "_issue_warnings_after_load",
+        "_load_rng_state",
+        "_save_checkpoint",
+        "_save_rng_state",
+    },
 }
 # Private members that we read or call without defining them, and an owner that has them.
 USED = {
@@ -90,6 +97,7 @@ USED = {
     "_get_resized_embeddings": "transformers.modeling_utils.PreTrainedModel",
     "_get_resized_lm_head": "transformers.modeling_utils.PreTrainedModel",
     "_indices": "datasets.Dataset",
+    "_is_replica": "torch.nn.Module",
     "_model_mapping": "transformers.AutoModel",
     "_prepare_inputs": "transformers.Trainer",
     "_replace": "collections.namedtuple",
@@ -149,13 +157,17 @@ def imported_below_the_top() -> dict[str, set[str]]:
 
 
 def replacements() -> Iterator[tuple[type, str, list[type]]]:
-    """(our class, member, the library classes it stands in for, nearest first) for all members not in dunders."""
+    """(our class, member, the library classes it stands in for, nearest first) for all members not in dunders.
+
+    Of a class that is made of one of ours and one of theirs, what ours has counts too.
+    """
     for module in map(importlib.import_module, modules()):
         for _, ours in inspect.getmembers(module, inspect.isclass):
             if ours.__module__ != module.__name__:
                 continue
             bases = [base for base in ours.__mro__[1:] if base.__module__.split(".")[0] in LIBRARIES]
-            for name in vars(ours):
+            family = [base for base in ours.__mro__ if base.__module__.split(".")[0] == hf_efficient.__name__]
+            for name in {name: None for base in family for name in vars(base)}:
                 owners = [base for base in bases if name in vars(base)]
                 if owners and not name.startswith("__") and name != "_abc_impl":
                     yield ours, name, owners
@@ -217,7 +229,7 @@ def parameters(function) -> dict[str, inspect.Parameter]:
 def test_replacing_methods_take_what_the_library_passes():
     missing = {}
     for ours, name, owners in replacements():
-        method, theirs = vars(ours)[name], vars(owners[0])[name]
+        method, theirs = inspect.getattr_static(ours, name), vars(owners[0])[name]
         if not (inspect.isfunction(method) and inspect.isfunction(theirs)):
             continue
         takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(method).parameters.values())

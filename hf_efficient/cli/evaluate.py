@@ -115,7 +115,14 @@ def run(invocation: Invocation) -> None:
         return
     if options.json is not None:
         Path(options.json).write_text(to_json(figures) + "\n", encoding="utf-8")
-    print("\n".join(f"{label:<22}{form.format(figures[name])}" for name, label, form in TABLE if name in figures))
+    print(table(figures, memory_matters=options.no_memory or figures.get("memory", False)))
+
+
+def table(figures: dict[str, Any], memory_matters: bool) -> str:
+    """The figures for people. memory_matters: whether the model has a memory that could be carried along."""
+    if memory_matters:
+        figures = figures | {"memory_carried": "yes" if figures["memory"] else "no"}
+    return "\n".join(f"{label:<22}{form.format(figures[name])}" for name, label, form in TABLE if name in figures)
 
 
 # Flags of each kind of evaluation, beside those that all have. The first kind is meant when no flag tells another.
@@ -155,7 +162,7 @@ TABLE = (
     ("num_bytes", "bytes", "{:,}"),
     ("ponder_time", "steps per token", "{:.2f}"),
     ("ponder_time_std", "their spread", "{:.2f}"),
-    ("memory", "memory", "{}"),
+    ("memory_carried", "memory carried", "{}"),
     ("tokens_per_second", "tokens per second", "{:,.0f}"),
     ("seconds_of_translation", "seconds translating", "{:.1f}"),
     ("bleu_signature", "BLEU's signature", "{}"),

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub import write_model_card
-from ..training import PonderTimeCallback
+from ..training import LiveFiguresCallback, PonderTimeCallback
 from .arguments import Invocation
 from .errors import CommandError
 from .recipes import write_recipe
@@ -55,6 +55,22 @@ else:
     Behind = object  # which of the trainers it is, the class that is made of both says
 
 
+class RecipeProgress(LiveFiguresCallback):
+    """The progress bar without the line of figures at the end of the run, which the command's own summary follows."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show all figures but those of the whole run."""
+        if logs is None or "train_runtime" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
 class RecipeRun(Behind):
     """What the trainers of the command line add: they show how many steps a model that chooses them takes.
 
@@ -63,6 +79,8 @@ class RecipeRun(Behind):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.pop_callback(LiveFiguresCallback) is not None:
+            self.add_callback(RecipeProgress)
         self.ponder = PonderTimeCallback() if getattr(self.model.config, "halting", "none") != "none" else None
         if self.ponder is not None:
             # In front of the callbacks that show or store its figures.
@@ -153,8 +171,13 @@ def run_identity(options: Any, args: TrainingArguments, model: PreTrainedModel, 
 
 def recipe_of(invocation: Invocation) -> dict[str, Any]:
     """What was asked for, as a recipe: where the run goes and whether it is resumed are no part of it."""
-    given = {name: value for name, value in invocation.given.items() if name not in ("output_dir", "resume")}
+    given = {name: as_typed(value) for name, value in invocation.given.items() if name not in ("output_dir", "resume")}
     return plain(given | {"model": invocation.model_settings})
+
+
+def as_typed(value: Any) -> Any:
+    """A whole number as such, also where transformers takes one for a share too, as for `save_steps`."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def steps_before(checkpoint: str | None) -> int:

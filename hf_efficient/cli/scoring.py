@@ -39,8 +39,8 @@ class Score:
 
 
 def has_memory(model: PreTrainedModel) -> bool:
-    """Whether what a segment leaves behind is for the next one to read."""
-    return hasattr(model.config, "mem_len")
+    """Whether what a segment leaves behind is for the next one to read: a memory, or a recurrent state."""
+    return hasattr(model, "create_cache") and hasattr(model.create_cache(), "reset_rows")
 
 
 @torch.no_grad()

@@ -67,6 +67,12 @@ class MeasuredRun(Behind):
         self._meter = TokenMeter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of weights that a checkpoint lacks; those that are tied to others it never has."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def end(self) -> None:
         """Finish the trackers and the process group; the last call of a script, the trainer cannot be used after it.
 

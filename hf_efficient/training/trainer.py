@@ -36,7 +36,8 @@ class SegmentTrainer(TextTrainer):
     - Logs and progress bar show perplexity, bits per byte, tokens per second, memory length and peak memory.
 
     The model needs `create_cache()`, and outputs with `losses` (per token) and `past_key_values`; a cache needs
-    `reset_rows`, `memory_length`, `state_dict` and `load_state_dict`. All else is `Trainer`'s: DDP and FSDP2 through
+    `reset_rows`, `state_dict` and `load_state_dict`, and `memory_length` for the logs. A recurrent network's state is
+    such a memory too: truncated back-propagation through time. All else is `Trainer`'s: DDP and FSDP2 through
     `torchrun` or `accelerate launch`, mixed precision, activation checkpointing, schedules, callbacks, the Hub.
 
     Attributes:
@@ -154,8 +155,8 @@ class SegmentTrainer(TextTrainer):
             self.memory = training_memory
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the memory's length as well."""
-        if "loss" in logs:
+        """Log with the memory's length as well, if it has one: the state of a recurrent network has none."""
+        if "loss" in logs and hasattr(self.memory, "memory_length"):
             logs["memory_length"] = self.memory.memory_length
         super().log(logs, start_time)
 

@@ -44,6 +44,7 @@ def test_table_and_json_file(finished_run, text_file, tmp_path, capsys):
     figures = json.loads(path.read_text())
     assert f"{figures['bits_per_byte']:.4f}" in table
     assert "perplexity" in table
+    assert "memory carried        yes" in table
 
 
 def test_characters_are_counted_as_unicode(finished_run, tmp_path, capsys):

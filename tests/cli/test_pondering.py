@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from cli.conftest import TINY_RUN
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_efficient.cli.__main__ import main
@@ -53,14 +54,27 @@ def ponder_times(folder, text_file, **depth):
     """Steps of every token of the text, read segment by segment without a Trainer."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = tokenize_documents(load_documents(text_file), AutoTokenizer.from_pretrained(folder))
+    is_recurrent = hasattr(model, "create_cache")
+    states = [{"past_key_values": model.create_cache()} if is_recurrent else {} for _ in range(2)]  # of each lane
     times = []
-    for item in segment_lanes(tokens, 2, SEGMENT_LENGTH):
+    for number, item in enumerate(segment_lanes(tokens, 2, SEGMENT_LENGTH)):
         real = item["attention_mask"].bool()
         if real.any():
             with torch.no_grad():
-                output = model(item["input_ids"][real][None], **depth)
+                output = model(item["input_ids"][real][None], **depth, **states[number % 2])
             times.append(output.ponder_times[0])
     return torch.cat(times).double()
+
+
+def test_recurrent_state_is_carried_along(tmp_path, text_file, capsys):
+    """Training goes on from the state that the last segment left, and so does measuring, unless told otherwise."""
+    folder = train(tmp_path / "rnn", text_file, "act_rnn", "--max_steps", "2", "--model.dropout", "0.0")
+    memory = load_file(folder / "checkpoint-2" / "memory_0_of_1.safetensors")
+    assert int(memory["seq_length"]) == 2 * SEGMENT_LENGTH
+    carried, alone = evaluate(folder, text_file, capsys), evaluate(folder, text_file, capsys, "--no_memory")
+    assert (carried["memory"], alone["memory"]) == (True, False)
+    assert carried["loss"] == pytest.approx(report_of(folder)["validation"]["loss"], rel=1e-6)
+    assert carried["loss"] != pytest.approx(alone["loss"], rel=1e-6)
 
 
 def test_report_and_card_have_the_steps_per_token(run_folder, text_file):

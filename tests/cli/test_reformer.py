@@ -98,6 +98,8 @@ def test_evaluate_reads_as_much_at_a_time_as_there_are_positions(reformer_run, t
     capsys.readouterr()
     assert main(["evaluate", str(reformer_run), "--text", str(text_file), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["segment_length"] == 8 * 16
+    assert main(["evaluate", str(reformer_run), "--text", str(text_file)]) == 0
+    assert "memory" not in capsys.readouterr().out  # it has none that could be carried along
     assert main(["evaluate", str(reformer_run), "--text", str(text_file), "--segment_length", "129"]) == 2
     assert "--segment_length 129 is more than the 128 positions" in capsys.readouterr().err
 
