@@ -50,10 +50,9 @@ class Tee(io.StringIO):
         return super().write(text)
 
 
-def first_paragraphs(script: Path) -> str:
-    """The script's docstring without its commands: its first line, and what is said behind them."""
-    document = ast.get_docstring(ast.parse(script.read_text("utf-8"))) or ""
-    return "\n\n".join(part for part in document.split("\n\n") if not part.startswith("    "))
+def first_line(script: Path) -> str:
+    """The first line of the script's docstring."""
+    return (ast.get_docstring(ast.parse(script.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def main(name: str, script: str, *options: str) -> int:
@@ -71,7 +70,7 @@ def main(name: str, script: str, *options: str) -> int:
         runpy.run_path(script, run_name="__main__")
     record = {
         "command": " ".join(["python", script, *options]),
-        "description": first_paragraphs(Path(script)),
+        "description": first_line(Path(script)),
         "output": without_log(output.getvalue()),
         "seconds": round(time.perf_counter() - start, 1),
         **Recorder.figures,
