@@ -275,7 +275,7 @@ class UniversalTransformerModel(UniversalTransformerPreTrainedModel):
         return self.decoder
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The vectors (B, L, D) of ids (B, L), or those that are given."""
+        """The vectors (B, L, D) of `input_ids` (B, L), or `inputs_embeds` (B, L, D) as they are."""
         check_tokens(input_ids, inputs_embeds, self.config)
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
