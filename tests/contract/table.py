@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contract import check_generation, check_loading, check_tools, check_training
+from contract import check_generation, check_loading, check_replicas, check_tools, check_training
 from contract.rows import ROWS, VARIANTS, Row
 
 Function = Callable[[Row, Path], None]
@@ -58,6 +58,9 @@ CHECKS = {
     "streaming": Check("`generate`, streamed", check_generation.check_streaming, GENERATING),
     "assisted": Check("`generate`, assisted", check_generation.check_assisted, GENERATING),
     "checkpointing": Check("Gradient checkpointing, both kinds", check_training.check_gradient_checkpointing),
+    "data_parallel": Check(
+        "`nn.DataParallel`, as `Trainer` uses it on several GPUs", check_replicas.check_data_parallel
+    ),
     "trainer": Check("`Trainer`", check_training.check_trainer, TRAINED, is_slow=True),
     "accumulation": Check(
         "`Trainer`, accumulated gradients", check_training.check_accumulation, TRAINED, is_slow=True
@@ -129,31 +132,12 @@ LIMITS = [
         AssertionError,
         ("ForConditionalGeneration",),
     ),
-    Limit(
-        "script",
-        ("xl_adaptive",),
-        "Asked for a loss, an adaptive softmax does not compute the logits, which the script's accuracy needs; "
-        "the error is the script's own.",
-        "",
-        IndexError,
-    ),
     *(
         Limit(
             check,
             ("rnn_act",),
             "Pondering takes single steps of the recurrent layers, for which offloaded weights are not brought back.",
             "pondering takes single steps, for which they are not brought back",
-        )
-        for check in ("device_map", "offload")
-    ),
-    *(
-        Limit(
-            check,
-            ("xl_adaptive",),
-            "accelerate brings back what one call of a layer reads, and an adaptive softmax reads the embedding's "
-            "weights too; the error is accelerate's.",
-            "",
-            (IndexError, RuntimeError, UserWarning),
         )
         for check in ("device_map", "offload")
     ),
@@ -172,24 +156,6 @@ LIMITS = [
         "",
         AssertionError,
         ("Model",),
-    ),
-    Limit(
-        "int8",
-        ("xl_adaptive",),
-        'An adaptive softmax is no plain linear layer; leave it as it is, with `exclude="lm_head"`. The error is '
-        "quanto's.",
-        "has no attribute",
-        AttributeError,
-        ("ForCausalLM",),
-    ),
-    Limit(
-        "lora",
-        ("xl_adaptive",),
-        "Known defect, without an error: adapters of an adaptive softmax do not count everywhere; leave it out with "
-        '`exclude_modules=["lm_head"]`.',
-        "",
-        AssertionError,
-        ("ForCausalLM",),
     ),
     Limit(
         "lora",
