@@ -18,9 +18,9 @@ STATE = "trainer_state.json"
 # How fast an evaluation was is no result of it.
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 GENERATE = """\
-inputs = tokenizer({text!r}, return_tensors="pt")
+inputs = tokenizer("{text}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))"""
-PIPELINE = "print(pipeline({task!r}, model=model, tokenizer=tokenizer)({text!r}))"
+PIPELINE = 'print(pipeline("{task}", model=model, tokenizer=tokenizer)("{text}"))'
 # By the end of the class's name: what the Hub calls the task, and a program that uses the model.
 TASKS = {
     "ForCausalLM": ("text-generation", GENERATE.format(text="The ")),
@@ -60,7 +60,8 @@ def write_trainer_card(
 
     The figures come from trainer_state.json, which the Trainer writes into each checkpoint, and into its own folder by
     `trainer.save_state()`. A picture loss.png is shown, such as `hf_efficient.plots.plot_loss` draws from
-    `trainer.state.log_history`. What a run of `hf-efficient train` left gets a fuller card by `write_model_card`.
+    `trainer.state.log_history`. Hardware and settings are for you to add. What a run of `hf-efficient train` left gets
+    a fuller card by `write_model_card`.
 
     folder: where `trainer.save_model()` wrote the model, or a checkpoint.
     data: what the model was trained on: a name on the Hub, such as "Salesforce/wikitext", or words.
@@ -197,7 +198,7 @@ def training_rows(state: dict[str, Any], config: dict[str, Any]) -> list[tuple[s
     seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
     found = {
         "Updates": f"{state['global_step']:,}" if "global_step" in state else None,
-        "Epochs": f"{state['epoch']:.2f}" if state.get("epoch") else None,
+        "Epochs": f"{state['epoch']:.4g}" if state.get("epoch") else None,
         "Examples per device and step": state.get("train_batch_size"),
         "Training loss": f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last" if losses else None,
         "Time": f"{seconds:,.0f} s" if seconds else None,
