@@ -58,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-efficient: {one_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("hf-efficient: interrupted.", file=sys.stderr)
+        hint = (
+            " The same command with --resume goes on from the last checkpoint." if arguments[:1] == ["train"] else ""
+        )
+        print(f"hf-efficient: interrupted.{hint}", file=sys.stderr)
         return 130
 
 

@@ -181,7 +181,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     documents = options.read("test")
     segment_length = options.segment_length or default_segment_length(model.config)
     check_length(model.config, segment_length)
-    lanes = options.cut(documents, tokenizer, options.batch_size or 1, segment_length)
+    lanes = options.cut(documents, tokenizer, options.batch_size or 1, segment_length, lanes_flag="--batch_size")
     depth = depth_settings(model, num_steps=options.num_steps, exit_threshold=options.exit_threshold)
     settings = {name: getattr(options, name) for name in ("mem_len", "clamp_len", "same_length", "num_hashes")}
     with memory_settings(model.config, **settings):

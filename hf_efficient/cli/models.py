@@ -229,7 +229,7 @@ def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTra
             model, info = auto_class.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # broken files raise whatever their reader raises
-        raise CommandError(f"--model '{source}' cannot be loaded: {one_sentence(error)}") from error
+        raise not_loaded("--model", source, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CommandError(
@@ -245,6 +245,12 @@ def check_source(source: str, flag: str) -> None:
         raise CommandError(f"{flag} '{source}' holds no config.json; give a folder that `hf-efficient train` wrote.")
     if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise CommandError(f"{flag} '{source}' does not exist; give a folder that `hf-efficient train` wrote.")
+
+
+def not_loaded(flag: str, source: str, error: Exception) -> CommandError:
+    """The error for a model that cannot be loaded, which says where it was looked for."""
+    where = "" if Path(source).exists() else "is no folder here, and from the Hub it "
+    return CommandError(f"{flag} '{source}' {where}cannot be loaded: {one_sentence(error)}")
 
 
 def auto_class_of(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:

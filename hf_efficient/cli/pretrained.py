@@ -8,7 +8,15 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .errors import USER_ERRORS, CommandError, one_sentence
-from .models import ARCHITECTURES, auto_class_of, check_settings, check_source, default_segment_length, quiet
+from .models import (
+    ARCHITECTURES,
+    auto_class_of,
+    check_settings,
+    check_source,
+    default_segment_length,
+    not_loaded,
+    quiet,
+)
 
 PRETRAINED_HELP = (
     "Saved model to go on from: its folder, or its name on the Hub. Architecture, tokenizer and settings are its own; "
@@ -53,7 +61,7 @@ def read_config(source: str) -> PreTrainedConfig:
         with quiet():
             config = AutoConfig.from_pretrained(source)
     except Exception as error:  # broken files raise whatever their reader raises
-        raise CommandError(f"--pretrained '{source}' cannot be loaded: {one_sentence(error)}") from error
+        raise not_loaded("--pretrained", source, error) from error
     if not isinstance(config, tuple(row.config_class for row in ARCHITECTURES.values())):
         raise CommandError(
             f"--pretrained '{source}' is a {config.model_type} model; it must be one of {', '.join(ARCHITECTURES)}."

@@ -66,10 +66,17 @@ class TextOptions:
         num_lanes: int,
         segment_length: int,
         flag: str = "--text",
+        lanes_flag: str = "--per_device_train_batch_size",
     ) -> SegmentLanes:
-        """The documents as lanes of segments. Raises CommandError, naming `flag`, if there are too few tokens."""
+        """The documents as lanes of segments.
+
+        flag: that of the text. lanes_flag: that of the number of lanes.
+
+        Raises CommandError, naming them, if there are too few tokens.
+        """
         with explained(flag):
             tokens = tokenize_documents(documents, tokenizer, add_eos=not self.no_eos, eos_per_line=self.eos_per_line)
+        with explained(f"{flag} is cut into {lanes_flag} lanes"):
             return segment_lanes(tokens, num_lanes, segment_length, document_boundaries=self.document_boundaries)
 
 

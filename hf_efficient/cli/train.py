@@ -210,6 +210,7 @@ def cut_validation(
         args.eval_batch_size * args.world_size,
         options.eval_segment_length or options.segment_length,
         flag,
+        "--per_device_eval_batch_size",
     )
 
 

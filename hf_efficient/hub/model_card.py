@@ -112,7 +112,7 @@ PAPERS = {
         "recurrent",
         "Graves 2016",
         "1603.08983",
-        "It reads a segment token by token; with halting, it decides how many steps each token takes.",
+        "It reads token by token and carries its state along; with halting, it decides how many steps each takes.",
     ),
 }
 # The reference form of LSH attention is not quite causal: later tokens move the borders of its chunks.

@@ -112,6 +112,8 @@ MISTAKES = [
     (["evaluate", "./absent", "--text", "my.txt"], ["--model", "absent", "hf-efficient train"]),
     (["evaluate", "taken", "--text", "my.txt"], ["--model", "taken", "config.json"]),
     (["evaluate", "no_config", "--text", "my.txt"], ["--model", "no_config", "config.json"]),
+    ([*EVALUATE, "--batch_size", "9000"], ["--text", "--batch_size lanes", "fewer than", "9000"]),
+    (["evaluate", "me/absent", "--text", "my.txt"], ["--model", "'me/absent' is no folder here", "Hub"]),
     (["evaluate", "truncated", "--text", "my.txt"], ["--model", "truncated", "cannot be loaded"]),
     ([*EVALUATE, "--no_memory", "--mem_len", "4"], ["--mem_len", "4", "--no_memory"]),
     ([*EVALUATE, "--mem_len", "-4"], ["mem_len", "-4"]),

@@ -61,7 +61,9 @@ def test_interruption_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr("hf_efficient.cli.__main__.run", interrupted)
     assert main(["train"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert "interrupted. The same command with --resume goes on" in capsys.readouterr().err
+    assert main(["evaluate"]) == 130
+    assert "resume" not in capsys.readouterr().err
 
 
 def test_reader_that_has_gone_is_no_error(monkeypatch, capsys):
