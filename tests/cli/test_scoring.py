@@ -52,6 +52,13 @@ def test_without_memory_each_segment_stands_alone(model, tokens):
     assert score.loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_logits_are_not_computed(model, tokens):
+    kept = []
+    model.register_forward_hook(lambda module, inputs, output: kept.append(output.logits.shape[1]))
+    score_lanes(model, segment_lanes(tokens, 1, 10))
+    assert kept == [1] * 5
+
+
 def test_lanes_start_without_memory(model, tokens):
     ids = tokens[0]["input_ids"]
     lanes = segment_lanes(tokens, 2, 8)

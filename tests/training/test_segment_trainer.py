@@ -58,6 +58,22 @@ def test_evaluation_in_segments_equals_one_long_pass(tmp_path, config):
     assert metrics["eval_bits_per_byte"] == pytest.approx(whole.loss.item() / math.log(2) / 2, rel=1e-12)
 
 
+@pytest.mark.parametrize("config", [{}, {"cutoffs": [12, 30], "div_val": 2}], ids=["plain", "adaptive"])
+def test_logits_are_there_for_whoever_asks_and_for_nobody_else(tmp_path, config):
+    """All of them may take more memory than the model."""
+    kept = []
+    model = small_model(**config)
+    model.register_forward_hook(lambda module, inputs, output: kept.append(output.logits.shape[1]))
+    trainer = small_trainer(tmp_path, model)
+    loss = trainer.evaluate()["eval_loss"]
+    assert set(kept) == {1}
+    del kept[:]
+    prediction = trainer.predict(trainer.eval_dataset)
+    assert set(kept) == {8}
+    assert prediction.predictions.shape[1:] == (8, 48)
+    assert prediction.metrics["test_loss"] == pytest.approx(loss, rel=1e-6)
+
+
 def test_training_forwards_see_the_same_memory_as_one_long_pass(tmp_path):
     corpus = small_corpus(lengths=(203,))
     model = small_model(mem_len=256).double()

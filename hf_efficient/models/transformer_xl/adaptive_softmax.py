@@ -72,7 +72,17 @@ class AdaptiveEmbedding(nn.Module):
         return embeddings
 
     def project_back(self, hidden_states: Tensor, bins: Sequence[int]) -> list[Tensor]:
-        """(..., hidden_size) to (..., width) for each of `bins`, for the softmax that shares the projections."""
+        """(..., hidden_size) to (..., width) for each of `bins`, for the softmax that shares the projections.
+
+        Raises:
+            ValueError: FSDP2 has sharded the embedding by itself, so that the softmax cannot read them.
+        """
+        # The attribute tells a DTensor, of which the import is slow.
+        if bins and any(hasattr(projection, "placements") for projection in self.projections.parameters()):
+            raise ValueError(
+                "FSDP2 shards the embedding by itself, but the softmax shares its projections; build the model with "
+                "tie_word_embeddings=True, so that both are sharded together, or with tie_projs=False for every bin."
+            )
         return [self.projections(hidden_states, index, transposed=True) for index in bins]
 
     def _rows_of(self, index: int, input_ids: Tensor) -> Tensor:

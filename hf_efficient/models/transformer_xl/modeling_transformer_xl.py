@@ -364,7 +364,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         """What all layers are given alike: positions, mask, biases, and the cache if it keeps keys and values."""
         config, length = self.config, hidden_states.shape[1]
         memory_len = 0 if memory is None else memory.memory_length
-        is_frozen = not self.training and not torch.is_grad_enabled()
+        # An exported graph keeps nothing, and a kept table of positions has lengths of its own.
+        is_frozen = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
         cache = memory if memory is not None and (is_frozen or memory.holds_keys) else None
         return {
             "positions": self._positions(memory_len + length + 1, hidden_states, cache),
@@ -499,7 +500,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
             loss = F.nll_loss if self.config.is_adaptive else F.cross_entropy
             losses = loss(logits.flatten(0, 1).to(exact), flat_labels, reduction="none")
-        return losses.view(labels.shape)
+        # A copy, because FSDP2 warns of outputs that are views.
+        return losses.view(labels.shape).clone()
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any

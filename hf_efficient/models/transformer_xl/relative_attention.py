@@ -62,18 +62,24 @@ def position_scores(query: Tensor, position_key: Tensor, key_len: int) -> Tensor
     """
     batch_size, num_heads, query_len, _ = query.shape
     columns = key_len + 1
-    table = position_key[:, -columns:].transpose(1, 2)
     if torch.compiler.is_exporting():
-        # Of the form below ONNX's optimiser makes the product with another head's table, where B = H.
-        scores = torch.matmul(query, table)
-    else:
-        # One product per head for the whole batch: the table has no batch dimension to expand.
-        by_head = query.transpose(0, 1).flatten(1, 2)
-        scores = torch.bmm(by_head, table).unflatten(1, (batch_size, query_len)).transpose(0, 1)
+        return relative_shift(_exported_scores(query, position_key, columns))
+    # One product per head for the whole batch: the table has no batch dimension to expand.
+    by_head = query.transpose(0, 1).flatten(1, 2)
+    scores = torch.bmm(by_head, position_key[:, -columns:].transpose(1, 2)).unflatten(1, (batch_size, query_len))
     missing = columns - scores.shape[-1]
     if missing > 0:
         scores = torch.cat([scores[..., :1].expand(*scores.shape[:-1], missing), scores], dim=-1)
-    return relative_shift(scores)
+    return relative_shift(scores).transpose(0, 1)
+
+
+def _exported_scores(query: Tensor, position_key: Tensor, columns: int) -> Tensor:
+    """Scores by distance (B, H, T, S + 1), without a branch on a length, so that one graph serves all of them.
+
+    And without the reshaped product, of which ONNX's optimiser makes one with another head's table where B = H.
+    """
+    oldest_first = torch.arange(columns, device=query.device) + (position_key.shape[1] - columns)
+    return torch.matmul(query, position_key[:, oldest_first.clamp(min=0)].transpose(1, 2))
 
 
 def eager_relative_attention(
