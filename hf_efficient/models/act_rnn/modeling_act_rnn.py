@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from .adaptive_recurrence import Pondering, States, ponder
 from .cache_act_rnn import ActRnnCache
 from .configuration_act_rnn import ActRnnConfig
-from .inputs_act_rnn import check_ids, is_replica, pads_last, reorder, segment_mask
+from .inputs_act_rnn import check_ids, inverse, is_replica, pads_last, reorder, segment_mask
 from .recurrent_layers import RECURRENT_MODULES, RecurrentLayer
 
 
@@ -141,6 +141,8 @@ class ActRnnModel(ActRnnPreTrainedModel):
         inputs = self._embed(input_ids, inputs_embeds)
         cache = self._open_cache(past_key_values, use_cache, inputs)
         mask = segment_mask(attention_mask, inputs.shape[:2], 0 if cache is None else cache.get_seq_length())
+        if cache is not None and torch.compiler.is_exporting():
+            raise ValueError("An exported program cannot keep a recurrent state; export it with use_cache=False.")
         states = None if cache is None else cache.states()
         if states is None:
             states = (inputs.new_zeros(inputs.shape[0], config.state_size),) * config.num_hidden_layers
@@ -212,7 +214,7 @@ class ActRnnModel(ActRnnPreTrainedModel):
             outputs.append(output)
             final_states.append(final_state)
         if order is not None:
-            back = order.argsort(dim=1)
+            back = inverse(order)
             outputs = [reorder(output, back) for output in outputs]
         return outputs, tuple(final_states), []
 
@@ -220,6 +222,11 @@ class ActRnnModel(ActRnnPreTrainedModel):
         self, inputs: Tensor, states: States, mask: Tensor | None
     ) -> tuple[list[Tensor], States, list[Pondering]]:
         """One token after the other: each layer's outputs (B, L, D), final states, each token's pondering."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "Pondering repeats its step as often as the data asks for, which an exported program cannot; only "
+                'models with halting="none" can be exported.'
+            )
         if any(parameter.is_meta for parameter in self.layers.parameters()):
             raise ValueError(
                 "Weights of the recurrent layers are offloaded (device_map, or accelerate's offload), but pondering "

@@ -28,12 +28,13 @@ class RecurrentLayer(nn.Module):
         """Read a sequence: inputs (B, L, I), state (B, S) to outputs (B, L, D), state (B, S).
 
         lengths: (B,) tokens of each row, which stand first; outputs behind them are 0, and the state is the one after
-        the row's last token. None means L for all.
+        the row's last token. None means L for all. In an exported program, which cannot pack rows, the state is the
+        one after the pads.
         """
         initial = tuple(part.contiguous() for part in state[None].split(self.hidden_size, dim=-1))
-        if lengths is None:
+        if lengths is None or torch.compiler.is_exporting():
             outputs, final = self.recurrence(inputs, self._torch_state(initial))
-            return outputs, self._joined(final)
+            return outputs if lengths is None else _without_pads(outputs, lengths), self._joined(final)
         # Packing knows no empty rows: they read one pad, and what comes of it is thrown away.
         packed = pack_padded_sequence(inputs, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
         outputs, final = self.recurrence(packed, self._torch_state(initial))
@@ -65,6 +66,12 @@ class RecurrentLayer(nn.Module):
         if self.cell == "gru":
             return _gru_step(projected, recurrent, hidden)
         return _lstm_step(projected + recurrent, state[:, self.hidden_size :])
+
+
+def _without_pads(outputs: Tensor, lengths: Tensor) -> Tensor:
+    """(B, L, D), 0 behind the first tokens of each row, (B,) many."""
+    positions = torch.arange(outputs.shape[1], device=outputs.device)
+    return outputs * (positions < lengths[:, None])[..., None]
 
 
 def _gru_step(projected: Tensor, recurrent: Tensor, hidden: Tensor) -> Tensor:

@@ -333,8 +333,8 @@ def _check_at_least(config: ReformerConfig, name: str, lowest: int) -> None:
 
 
 def _nearest(word: str, known: Any) -> str:
-    """The known word most like `word`."""
-    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
+    """The known word most like `word`, whatever is written in capitals."""
+    return difflib.get_close_matches(str(word).lower(), list(known), n=1, cutoff=0.0)[0]
 
 
 def _refuse_misspelt(kwargs: dict[str, Any], names: list[str]) -> None:

@@ -30,6 +30,7 @@ from .inputs_reformer import (
     chunk_padding,
     count_last_tokens,
     cut,
+    inverse,
     is_replica,
     pads_last,
     reorder,
@@ -340,7 +341,7 @@ class ReformerBody(ReformerPreTrainedModel):
     def _output(self, hidden_states: Tensor, call: ReformerCall, order: Tensor | None) -> ReformerModelOutput:
         """Cut off what filled chunks, move pads back, and gather what was asked for."""
         length, num_layers = call.num_tokens, len(call.layer_types)
-        back = None if order is None else order.argsort(dim=1)
+        back = None if order is None else inverse(order)
 
         def states_back(states: Tensor) -> Tensor:
             states = cut(states, 1, length)

@@ -55,7 +55,12 @@ def sort_by_bucket(buckets: Tensor, num_buckets: int) -> tuple[Tensor, Tensor]:
     # One long list, for which the library has a radix sort, instead of many short ones.
     first = torch.arange(num_lists, dtype=torch.int32 if fits else torch.int64, device=buckets.device)
     keys = buckets.reshape(num_lists, length).to(first.dtype) + first[:, None] * (num_buckets + 1)
-    order = torch.sort(keys.flatten(), stable=True).indices
+    if torch.compiler.is_exporting():
+        # ONNX knows no stable sort: no two keys are alike.
+        keys = keys.long() * length + torch.arange(length, device=buckets.device)
+        order = torch.sort(keys.flatten()).indices
+    else:
+        order = torch.sort(keys.flatten(), stable=True).indices
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return (order % length).view(buckets.shape), (slots % (num_rounds * length)).view(buckets.shape)
 
