@@ -24,6 +24,17 @@ DERIVED = {
     "num_hidden_layers": "it counts attention layers; set num_encoder_layers and num_decoder_layers",
 }
 
+# What other architectures call a setting that is meant here by another name.
+ELSEWHERE = {
+    **dict.fromkeys(("d_model", "n_embd"), "hidden_size"),
+    **dict.fromkeys(("n_head", "num_heads", "encoder_attention_heads"), "num_attention_heads"),
+    **dict.fromkeys(("d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim"), "hidden_size, which all inner widths follow"),
+    **dict.fromkeys(("n_layer", "num_layers"), "num_encoder_layers and num_decoder_layers"),
+    "encoder_layers": "num_encoder_layers",
+    "decoder_layers": "num_decoder_layers",
+    **dict.fromkeys(("dropout_rate", "hidden_dropout_prob", "resid_pdrop"), "dropout"),
+}
+
 
 @strict
 class EvolvedTransformerConfig(PreTrainedConfig):
@@ -234,13 +245,15 @@ class EvolvedTransformerConfig(PreTrainedConfig):
 
 # Copied from hf_efficient/models/reformer/configuration_reformer.py::_nearest
 def _nearest(word: str, known: Any) -> str:
-    """The known word most like `word`."""
-    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
+    """The known word most like `word`, whatever is written in capitals."""
+    return difflib.get_close_matches(str(word).lower(), list(known), n=1, cutoff=0.0)[0]
 
 
 def _refuse_misspelt(kwargs: dict[str, Any], names: list[str]) -> None:
     """transformers keeps unknown keywords as attributes; one that nearly is a field is surely a mistake."""
-    for key in kwargs:
+    for key, value in kwargs.items():
+        if key in ELSEWHERE:
+            raise ValueError(f"{key}={value!r} is no setting of EvolvedTransformerConfig; give {ELSEWHERE[key]}.")
         if key in names or hasattr(PreTrainedConfig, key):
             continue
         nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.85)

@@ -61,6 +61,8 @@ ILLEGAL = [
     ({"hiden_size": 8}, "'hiden_size' is no setting.*'hidden_size'"),
     ({"num_encoder_layer": 8}, "'num_encoder_layer' is no setting.*'num_encoder_layers'"),
     ({"num_wide_attention_head": 8}, "'num_wide_attention_head' is no setting.*'num_wide_attention_heads'"),
+    ({"num_layers": 6}, "num_layers=6 is no setting.*give num_encoder_layers and num_decoder_layers"),
+    ({"d_ff": 64}, "d_ff=64 is no setting.*give hidden_size"),
 ]
 WRONG_TYPES = [
     ("vocab_size", "17"),

@@ -126,6 +126,9 @@ ILLEGAL = [
     ({"halting_treshold": 0.9}, "'halting_treshold' is no setting.*'halting_threshold'"),
     ({"ponder_costs": 0.1}, "'ponder_costs' is no setting.*'ponder_cost'"),
     ({"num_layer_in_group": 2}, "'num_layer_in_group' is no setting.*'num_layers_in_group'"),
+    ({"d_model": 8}, "d_model=8 is no setting.*give hidden_size"),
+    ({"num_layers": 6}, "num_layers=6 is no setting.*give max_steps"),
+    ({"halting": "ACT"}, "halting='ACT' is unknown; did you mean 'act'"),
 ]
 WRONG_TYPES = [
     ("vocab_size", "17"),
