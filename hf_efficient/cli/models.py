@@ -128,6 +128,9 @@ ARCHITECTURES = {
 # Those that train on pairs of texts.
 PAIR_ARCHITECTURES = [name for name, row in ARCHITECTURES.items() if row.pair_starter is not None]
 
+# How the classes of models end that answer otherwise than by a text.
+WITHOUT_TEXT = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+
 # Settings that the tokenizer decides. The first may be given, to make room for more ids.
 FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -170,8 +173,11 @@ def build_config(
         raise CommandError(
             f"--model.vocab_size {vocab_size} is less than the tokenizer's {len(tokenizer)} ids; leave it out."
         )
+    starter = (row.pair_starter if for_pairs else row.starter) or {}
+    if starter.get("is_decoder") and named.get("is_decoder") is False:
+        raise CommandError("--model.is_decoder False: without a causal decoder nothing can be written; leave it out.")
     try:
-        return row.config_class(**((row.pair_starter if for_pairs else row.starter) or {}) | ids | named)
+        return row.config_class(**starter | ids | named)
     except (*USER_ERRORS, TypeError) as error:
         raise CommandError(f"model: {one_sentence(error)}") from error
 
@@ -180,8 +186,13 @@ def check_settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any
     """`settings` of a model by today's names. Raises CommandError if the architecture lacks one."""
     aliases = ARCHITECTURES[architecture].config_class.attribute_map
     known = [*model_settings(architecture), *aliases]
-    for name in settings:
+    for name, value in settings.items():
         if name not in known:
+            try:  # it may follow from others, or have another name elsewhere: the configuration says so
+                ARCHITECTURES[architecture].config_class(**{name: value})
+            except ValueError as error:
+                if str(error).startswith(f"{name}="):
+                    raise CommandError(f"model: {one_sentence(error)}") from error
             raise unknown_name(f"setting of the {architecture} model", name, known, "hf-efficient train --help")
     return {aliases.get(name, name): value for name, value in settings.items()}
 
@@ -225,7 +236,11 @@ def load_model(source: str, device: str | None) -> tuple[PreTrainedModel, PreTra
     check_source(source, "--model")
     try:
         with quiet():  # what is wrong is said below
-            auto_class = auto_class_of(AutoConfig.from_pretrained(source))
+            config = AutoConfig.from_pretrained(source)
+            head = next(iter(config.architectures or []), "")
+            if head.endswith(WITHOUT_TEXT):
+                raise ValueError(f"it is a {head}, which writes no text; load it with its own Auto class")
+            auto_class = auto_class_of(config)
             model, info = auto_class.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # broken files raise whatever their reader raises

@@ -32,6 +32,8 @@ LANGUAGE_MODELING = "language_modeling"
 TASK_HELP = (
     "language_modeling, translation or conversation; `hf-efficient train --task translation --help` explains its flags"
 )
+# Tokenizers that `hf-efficient train` makes for language models alone.
+TEXT_TOKENIZERS = ("byte", "shifted_byte", "char", "shifted_bpe", "word")
 
 
 @dataclass
@@ -108,6 +110,8 @@ class PairOptions:
         with explained("--tokenizer"):
             if self.tokenizer == "bpe":
                 tokenizer = train_seq2seq_tokenizer(self.texts(data), self.tokenizer_vocab_size, self.lowercase)
+            elif self.tokenizer in TEXT_TOKENIZERS:
+                raise ValueError(f"{self.tokenizer!r} is for language models; give bpe, or a saved one")
             else:
                 tokenizer = seq2seq_tokenizer(load_tokenizer(self.tokenizer))
         if self.max_source_length is not None:

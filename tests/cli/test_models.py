@@ -4,7 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_efficient import TransformerXLConfig
+from hf_efficient import (
+    TransformerXLConfig,
+    UniversalTransformerConfig,
+    UniversalTransformerForSequenceClassification,
+)
 from hf_efficient.cli.errors import CommandError
 from hf_efficient.cli.models import (
     ARCHITECTURES,
@@ -54,6 +58,28 @@ def test_refused_memory_settings_leave_the_configuration_as_it_was(settings):
     with pytest.raises(CommandError), memory_settings(config, **settings):
         pass
     assert (config.mem_len, config.same_length) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "setting", "mend"),
+    [
+        ("universal_transformer", {"num_hidden_layers": 4}, "set max_steps and num_layers_in_group"),
+        ("universal_transformer", {"num_layers": 4}, "give max_steps"),
+        ("evolved_transformer", {"intermediate_size": 512}, "set hidden_size"),
+        ("evolved_transformer", {"is_decoder": False}, "leave it out"),
+        ("universal_transformer", {"is_decoder": False}, "leave it out"),
+    ],
+)
+def test_setting_of_other_architectures_says_what_it_is_here(tokenizer, architecture, setting, mend):
+    with pytest.raises(CommandError, match=mend):
+        build_config(architecture, setting, tokenizer)
+
+
+def test_model_that_writes_no_text_is_not_loaded(tmp_path):
+    config = UniversalTransformerConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, is_encoder_decoder=False)
+    UniversalTransformerForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(CommandError, match="it is a UniversalTransformerForSequenceClassification, .* no text"):
+        load_model(str(tmp_path), "cpu")
 
 
 def test_setting_that_the_architecture_lacks():

@@ -220,6 +220,7 @@ MISTAKES = [
     ([*TRAIN, *TEXT, "--architecture", "transformer_xl"], ["--architecture", "transformer_xl", "evolved_transformer"]),
     ([*TRAIN, *TEXT, "--segment_length", "8"], ["--segment_length"]),
     ([*TRAIN, *TEXT, "--tokenizer_vocab_size", "9"], ["--tokenizer", "vocab_size=9", "258"]),
+    ([*TRAIN, *TEXT, "--tokenizer", "word"], ["--tokenizer", "'word' is for language models", "bpe"]),
     ([*TRAIN, *TEXT, "--tokenizer", "absent"], ["--tokenizer", "absent"]),
     ([*TRAIN, *TEXT, "--tokenizer", "absent", "--lowercase"], ["--tokenizer", "absent", "--lowercase"]),
     ([*TRAIN, *TEXT, *SMALL, "--max_target_length", "1"], ["max_target_length=1", "allow more"]),
