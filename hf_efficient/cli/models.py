@@ -29,7 +29,7 @@ from .. import (
     TransformerXLConfig,
     UniversalTransformerConfig,
 )
-from .errors import USER_ERRORS, CommandError, one_sentence, unknown_name
+from .errors import USER_ERRORS, CommandError, nearest, one_sentence, unknown_name
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def build_config(
         )
     starter = (row.pair_starter if for_pairs else row.starter) or {}
     if starter.get("is_decoder") and named.get("is_decoder") is False:
-        raise CommandError("--model.is_decoder False: without a causal decoder nothing can be written; leave it out.")
+        raise CommandError("--model.is_decoder False leaves nothing that can write; set it to True, or leave it out.")
     try:
         return row.config_class(**starter | ids | named)
     except (*USER_ERRORS, TypeError) as error:
@@ -260,6 +260,11 @@ def check_source(source: str, flag: str) -> None:
         raise CommandError(f"{flag} '{source}' holds no config.json; give a folder that `hf-efficient train` wrote.")
     if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise CommandError(f"{flag} '{source}' does not exist; give a folder that `hf-efficient train` wrote.")
+    if not folder.exists() and (beside := sorted(str(path.parent) for path in folder.parent.glob("*/config.json"))):
+        # A name on the Hub looks the same, but here is a folder of models, and asking the Hub takes its time.
+        raise CommandError(
+            f"{flag} '{source}' does not exist; the nearest model there is '{nearest(source, beside)}'."
+        )
 
 
 def not_loaded(flag: str, source: str, error: Exception) -> CommandError:

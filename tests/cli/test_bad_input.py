@@ -27,6 +27,8 @@ def place(tmp_path, monkeypatch, text_file, finished_run):
     weights.write_bytes(weights.read_bytes()[:-100])
     shutil.copytree(finished_run, "no_config")
     (tmp_path / "no_config" / "config.json").unlink()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.json").touch()
     return tmp_path
 
 
@@ -113,6 +115,7 @@ MISTAKES = [
     (["evaluate", "taken", "--text", "my.txt"], ["--model", "taken", "config.json"]),
     (["evaluate", "no_config", "--text", "my.txt"], ["--model", "no_config", "config.json"]),
     ([*EVALUATE, "--batch_size", "9000"], ["--text", "--batch_size lanes", "fewer than", "9000"]),
+    (["evaluate", "runs/mien", "--text", "my.txt"], ["--model", "'runs/mien' does not exist", "'runs/mine'"]),
     (["evaluate", "me/absent", "--text", "my.txt"], ["--model", "'me/absent' is no folder here", "Hub"]),
     (["evaluate", "truncated", "--text", "my.txt"], ["--model", "truncated", "cannot be loaded"]),
     ([*EVALUATE, "--no_memory", "--mem_len", "4"], ["--mem_len", "4", "--no_memory"]),
