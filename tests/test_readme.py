@@ -46,7 +46,10 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
 
 
 # Words of the programs that tests below run.
-RUN = ("create_cache", "windowed_lsh", "UniversalTransformer", "PairTrainer(", "# train.py", "transfo-xl-checkpoint")
+RUN = (
+    *("create_cache", "windowed_lsh", "UniversalTransformer", "judge", "PairTrainer(", "# train.py"),
+    "transfo-xl-checkpoint",
+)
 
 
 def test_every_program_is_run():
@@ -77,6 +80,13 @@ def test_universal_transformer_program_prints_what_its_comment_says(capsys):
     exec(compile(program, "README.md", "exec"), {})
     num_blocks, shape = re.search(r"# (\d+) block, .* for tokens (\(.*\))", program).groups()
     assert capsys.readouterr().out == f"{num_blocks} {shape}\n"
+
+
+def test_evolved_transformer_program_prints_what_its_comment_says(capsys):
+    program = program_with("judge")
+    exec(compile(program, "README.md", "exec"), {})
+    num_answers, shape = re.search(r"# (\d+) answers, scores of (\(.*\))", program).groups()
+    assert capsys.readouterr().out == f"{num_answers} {shape}\n"
 
 
 def test_training_program_runs_in_one_process_and_in_two(tmp_path):
