@@ -16,6 +16,8 @@ from hf_efficient.data import generate_phrases
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SECONDS = 590  # two or three minutes where nothing else runs
+pytestmark = pytest.mark.timeout(SECONDS + 10)
 # Jupyter is not needed to run a notebook's code; of IPython the notebooks use only this.
 STUB = """
 import sys, types
@@ -65,7 +67,7 @@ def run(path, folder, updates=None, **environment):
         check=False,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=SECONDS,
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
