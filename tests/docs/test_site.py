@@ -28,6 +28,24 @@ def test_links_and_blocks_of_every_page(uri):
     assert "{{" not in markdown
 
 
+@pytest.fixture(scope="module")
+def reference():
+    """What the reference describes: names in full, and the modules and classes all of whose members it has."""
+    directives = re.findall(
+        r"^::: (\S+)(\n    options: \{members: false)?", "\n".join(site_api.api_pages().values()), re.M
+    )
+    return {name: not alone for name, alone in directives}
+
+
+@pytest.mark.parametrize("uri", SITE)
+def test_links_to_code_lead_into_the_reference(uri, reference):
+    """The strict build refuses others."""
+    markdown = site_blocks.expand_blocks(rewrite_links(SITE[uri].read_text("utf-8"), uri, PLACES))
+    for name in re.findall(r"\]\[(hf_efficient[\w.]*)\]", markdown):
+        owners = [name.rsplit(".", cut)[0] for cut in range(1, name.count(".") + 1)]
+        assert name in reference or any(reference.get(owner) for owner in owners), name
+
+
 def test_every_page_stands_in_the_navigation():
     settings = (DOCS / "site" / "mkdocs.yml").read_text("utf-8")
     assert set(re.findall(r": ([\w/]+\.md)$", settings, re.MULTILINE)) == {
