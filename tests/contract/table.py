@@ -22,6 +22,8 @@ ALL = (
     "ForQuestionAnswering",
 )
 TRAINED = tuple(kind for kind in ALL if kind not in BODIES)
+# One language model, one pair and one classifier of every way to build an architecture.
+EXPORTED_OPEN = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
 SMOOTHED = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")
 
 
@@ -78,6 +80,9 @@ CHECKS = {
     "int8": Check("int8 weights (optimum-quanto)", check_tools.check_int8, is_slow=True),
     "compile": Check("`torch.compile`", check_tools.check_compile, is_slow=True),
     "export": Check("`torch.export`", check_tools.check_export, is_slow=True),
+    "open_sizes": Check(
+        "`torch.export`, any batch and length", check_tools.check_open_sizes, EXPORTED_OPEN, is_slow=True
+    ),
     "onnx": Check("ONNX through torch's exporter", check_tools.check_onnx, is_slow=True),
 }
 
@@ -164,6 +169,24 @@ LIMITS = [
         "target_modules",
         ValueError,
         ("Model", "ForCausalLM"),
+    ),
+    *(
+        Limit(
+            check,
+            ("rnn_act",),
+            "Pondering repeats its step as often as the data asks for, which an exported program cannot.",
+            "can be exported",
+            # torch's exporter to ONNX hands the message on in an error of its own.
+            (ValueError, RuntimeError),
+        )
+        for check in ("export", "open_sizes", "onnx")
+    ),
+    Limit(
+        "open_sizes",
+        ("rnn",),
+        "torch writes a recurrent layer out for one length; the batch may be open. The error is torch's.",
+        "your code specialized it to be a constant",
+        RuntimeError,
     ),
 ]
 

@@ -39,15 +39,21 @@ def draw_rotations(
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
 
-@torch.compiler.assume_constant_result
 def fixed_rotations(seed: int, *sizes: int | tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """`draw_rotations` for a seed that is always the same: compiled and exported programs hold them as a constant.
 
     `torch.export` would record how they are drawn, but the generator's seed only once: the second call of the program
-    would draw others. It watches one thread, so another one draws them.
+    would draw others.
     """
-    if not torch.compiler.is_compiling():
-        return draw_rotations(seed, *sizes, device=device)
+    if torch.compiler.is_compiling():
+        # A copy, because a cache may take it out of the graph, which a constant cannot leave.
+        return _constant_rotations(seed, *sizes, device=device).clone()
+    return draw_rotations(seed, *sizes, device=device)
+
+
+@torch.compiler.assume_constant_result
+def _constant_rotations(seed: int, *sizes: int | tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """`draw_rotations` where `torch.export` does not see it: it watches one thread."""
     with ThreadPoolExecutor(max_workers=1) as other_thread:
         return other_thread.submit(draw_rotations, seed, *sizes, device=device).result()
 

@@ -40,14 +40,28 @@ class BucketWindows(Neighbourhood):
         return mask
 
 
-def _count_neighbours(sorted_buckets: Tensor, num_buckets: int, window: int) -> tuple[Tensor, Tensor]:
-    """How many of its bucket, up to the window, stand before and after each token: (..., T) each; 0 for pads."""
+def _bucket_ends(sorted_buckets: Tensor, num_buckets: int) -> tuple[Tensor, Tensor]:
+    """Places of the first and the last token of each token's bucket, (..., T) each."""
+    if torch.compiler.is_exporting():
+        # ONNX knows no running maximum, and its reference counts dimensions from the front.
+        numbers, last = sorted_buckets.long(), sorted_buckets.dim() - 1
+        counts = numbers.new_zeros(*numbers.shape[:-1], num_buckets + 1)
+        counts = counts.scatter_add(last, numbers, torch.ones_like(numbers))
+        end = counts.cumsum(dim=last).gather(last, numbers) - 1
+        return end + 1 - counts.gather(last, numbers), end
     places = torch.arange(sorted_buckets.shape[-1], device=sorted_buckets.device)
     changes = sorted_buckets[..., 1:] != sorted_buckets[..., :-1]
     first = F.pad(changes, (1, 0), value=True)
     last = F.pad(changes, (0, 1), value=True)
     start = torch.where(first, places, 0).cummax(dim=-1).values
     end = torch.where(last, places, places[-1]).flip(-1).cummin(dim=-1).values.flip(-1)
+    return start, end
+
+
+def _count_neighbours(sorted_buckets: Tensor, num_buckets: int, window: int) -> tuple[Tensor, Tensor]:
+    """How many of its bucket, up to the window, stand before and after each token: (..., T) each; 0 for pads."""
+    places = torch.arange(sorted_buckets.shape[-1], device=sorted_buckets.device)
+    start, end = _bucket_ends(sorted_buckets, num_buckets)
     is_pad = sorted_buckets >= num_buckets
     return tuple(count.clamp_(max=window).masked_fill_(is_pad, 0) for count in (places - start, end - places))
 
