@@ -254,6 +254,11 @@ class ReformerSelfAttention(nn.Module):
         config = self.config
         if config.bucket_factors is not None:
             return config.bucket_factors
+        if layer_type == "lsh" and not isinstance(length, int):
+            raise ValueError(
+                "num_buckets=None lets the length of the input choose the number of hash buckets, but this program is "
+                "exported for any length; set config.num_buckets, or leave the length out of dynamic_shapes."
+            )
         # The length of this input must not decide where a token's result shall not depend on later ones.
         length = length if layer_type == "lsh" else config.num_positions
         return choose_num_buckets(length, config.lsh_attn_chunk_length, config.max_position_embeddings)
