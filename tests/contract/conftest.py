@@ -46,19 +46,35 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Add what was found to the file; what it holds of other versions, checks and rows of the table stays."""
+def results_file(session: pytest.Session) -> Path | None:
+    """What this process writes, if any."""
     target = os.environ.get("HF_EFFICIENT_CONTRACT")
-    if not target or not found or hasattr(session.config, "workerinput"):
-        return
-    path = Path(target)
+    return Path(target) if target and not hasattr(session.config, "workerinput") else None
+
+
+def write(path: Path, new_cells: dict[str, dict[str, str]]) -> None:
+    """The table, and what was found; what the file holds of other versions, checks and rows of the table stays."""
     results = json.loads(path.read_text("utf-8"))["results"] if path.exists() else {}
-    earlier = results.get(version(), {"cells": {}})["cells"]
-    names = {row.name for row in ROWS}
-    cells = {
-        check: {row: cell for row, cell in (earlier.get(check, {}) | found.get(check, {})).items() if row in names}
-        for check in TITLES
-    }
-    results[version()] = {"torch": torch.__version__.partition("+")[0], "cells": cells}
-    table = description() | {"results": results}
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if new_cells:
+        earlier = results.get(version(), {"cells": {}})["cells"]
+        names = {row.name for row in ROWS}
+        cells = {
+            check: {
+                row: cell for row, cell in (earlier.get(check, {}) | new_cells.get(check, {})).items() if row in names
+            }
+            for check in TITLES
+        }
+        results[version()] = {"torch": torch.__version__.partition("+")[0], "cells": cells}
+    path.write_text(json.dumps(description() | {"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A table that has changed is written at once: a test compares the file with it."""
+    if path := results_file(session):
+        write(path, {})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Add what was found to the file."""
+    if found and (path := results_file(session)):
+        write(path, found)
