@@ -218,20 +218,31 @@ class ActRnnModel(ActRnnPreTrainedModel):
             outputs = [reorder(output, back) for output in outputs]
         return outputs, tuple(final_states), []
 
-    def _run_adaptively(
-        self, inputs: Tensor, states: States, mask: Tensor | None
-    ) -> tuple[list[Tensor], States, list[Pondering]]:
-        """One token after the other: each layer's outputs (B, L, D), final states, each token's pondering."""
+    def _check_single_steps(self) -> None:
+        """Refuse what brings weights back, or records, for calls of whole layers only."""
         if torch.compiler.is_exporting():
             raise ValueError(
                 "Pondering repeats its step as often as the data asks for, which an exported program cannot; only "
                 'models with halting="none" can be exported.'
             )
-        if any(parameter.is_meta for parameter in self.layers.parameters()):
+        weights = list(self.layers.parameters())
+        if any(weight.is_meta for weight in weights):
             raise ValueError(
                 "Weights of the recurrent layers are offloaded (device_map, or accelerate's offload), but pondering "
                 "takes single steps, for which they are not brought back; load the layers onto a device."
             )
+        # The attribute tells a DTensor, of which the import is slow.
+        if any(hasattr(weight, "placements") for weight in weights):
+            raise ValueError(
+                "FSDP2 has sharded the recurrent layers, but pondering takes single steps, for which they are not "
+                "gathered; use DDP, or shard the model as a whole: fully_shard(model) alone."
+            )
+
+    def _run_adaptively(
+        self, inputs: Tensor, states: States, mask: Tensor | None
+    ) -> tuple[list[Tensor], States, list[Pondering]]:
+        """One token after the other: each layer's outputs (B, L, D), final states, each token's pondering."""
+        self._check_single_steps()
         size = self.config.hidden_size
         # What does not depend on the state is computed for all tokens at once.
         projected, flag = self.layers[0].project_flagged(inputs)
