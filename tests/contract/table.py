@@ -149,8 +149,8 @@ LIMITS = [
     Limit(
         "fsdp2",
         ("rnn_act",),
-        "Pondering takes single steps of the recurrent layers, for which FSDP2 does not gather them; use DDP, or shard "
-        "the model as a whole.",
+        "Pondering takes single steps of the recurrent layers, for which FSDP2 does not gather them; use DDP, or "
+        "shard the model as a whole.",
         "pondering takes single steps, for which they are not gathered",
     ),
     Limit(
