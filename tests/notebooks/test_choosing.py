@@ -2,9 +2,12 @@
 
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_efficient
 
@@ -80,24 +83,34 @@ def test_text_says_what_the_live_figures_say():
     assert min(learned, key=lambda name: learned[name][1]) == "LSTM"
 
 
-def test_results_are_looked_for_around_the_notebook_then_around_the_package(tmp_path, monkeypatch):
-    names = {}
-    monkeypatch.chdir(ROOT / "notebooks")
+@pytest.fixture
+def first_cell(monkeypatch):
+    """The names that the notebook's first cell defines."""
+    for name in ("IPython", "IPython.display"):  # Jupyter need not be there
+        module = types.ModuleType(name)
+        module.version_info, module.Image = (9, 0), None
+        monkeypatch.setitem(sys.modules, name, module)
+    names, num_threads = {}, torch.get_num_threads()
     exec("".join(CELLS[0]["source"]), names)
-    assert names["results_folder"]() == ROOT / "benchmarks" / "results"
+    torch.set_num_threads(num_threads)
+    return names
+
+
+def test_results_are_looked_for_around_the_notebook_then_around_the_package(first_cell, tmp_path, monkeypatch):
+    results_folder = first_cell["results_folder"]
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert results_folder() == ROOT / "benchmarks" / "results"
     monkeypatch.chdir(tmp_path)
-    assert names["results_folder"]() == Path(hf_efficient.__file__).parents[1] / "benchmarks" / "results"
+    assert results_folder() == Path(hf_efficient.__file__).parents[1] / "benchmarks" / "results"
     monkeypatch.setattr(hf_efficient, "__file__", str(tmp_path / "hf_efficient" / "__init__.py"))
     with pytest.raises(FileNotFoundError, match="run this notebook in a clone"):
-        names["results_folder"]()
+        results_folder()
 
 
 @pytest.mark.parametrize(
     ("ratios", "expected"),
     [([0.5, 2.0, 4.0], 200), ([2.0, 0.5, 2.0], 600), ([2.0, 3.0, 4.0], 100), ([2.0, 3.0, 0.5], None)],
 )
-def test_crossing_is_read_between_the_logarithms(ratios, expected):
-    names = {}
-    exec("".join(CELLS[0]["source"]), names)
-    found = names["crossing"]([100, 400, 900], ratios)
+def test_crossing_is_read_between_the_logarithms(first_cell, ratios, expected):
+    found = first_cell["crossing"]([100, 400, 900], ratios)
     assert found == expected if expected is None else round(found) == expected
