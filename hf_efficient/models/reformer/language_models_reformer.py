@@ -133,7 +133,7 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).to(exact), labels.flatten(), reduction="none").view(labels.shape)
 
 
-# Copied from hf_efficient/models/transformer_xl/modeling_transformer_xl.py::_mean_loss
+# Copied from hf_efficient/models/transformer_xl/language_models_transformer_xl.py::_mean_loss
 def _mean_loss(losses: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
     """Sum of the losses over the number of predicted tokens; 0 when there are none."""
     if num_items is None:

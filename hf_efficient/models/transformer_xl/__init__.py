@@ -11,14 +11,9 @@ from transformers import (
 
 from .cache_transformer_xl import TransformerXLCache
 from .configuration_transformer_xl import TransformerXLConfig
-from .modeling_transformer_xl import (
-    TransformerXLCausalLMOutput,
-    TransformerXLForCausalLM,
-    TransformerXLForSequenceClassification,
-    TransformerXLForTokenClassification,
-    TransformerXLModel,
-    TransformerXLPreTrainedModel,
-)
+from .heads_transformer_xl import TransformerXLForSequenceClassification, TransformerXLForTokenClassification
+from .language_models_transformer_xl import TransformerXLCausalLMOutput, TransformerXLForCausalLM
+from .modeling_transformer_xl import TransformerXLModel, TransformerXLPreTrainedModel
 from .tokenization_transformer_xl import TransformerXLTokenizer, TransfoXLTokenizer
 
 AutoConfig.register(TransformerXLConfig.model_type, TransformerXLConfig)
