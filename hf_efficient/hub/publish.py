@@ -40,9 +40,8 @@ class Publication:
     """What `publish` sends, or has sent; `print` shows it as a list.
 
     repo_id: where it goes. files: what goes, by name. left_out: what of the folder stays, with the reason.
-    hints: what could be better. removed: what of an earlier commit is deleted, because
-    it would be loaded too. url: of the commit or pull
-    request, None as long as nothing was sent.
+    hints: what could be better. removed: what of an earlier commit is deleted, because it would be loaded too.
+    url: of the commit or pull request, None as long as nothing was sent.
     """
 
     repo_id: str

@@ -102,4 +102,4 @@ def segment_mask(attention_mask: Tensor | None, shape: torch.Size, seen: int) ->
     return None if can_look_at(mask) and mask.all() else mask
 
 
-__all__ = ["can_look_at", "check_ids", "check_labels", "is_replica", "inverse", "pads_last", "reorder", "segment_mask"]
+__all__ = ["can_look_at", "check_ids", "check_labels", "inverse", "is_replica", "pads_last", "reorder", "segment_mask"]
